@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Makes catalog/flags.yml and catalog/architectures.yml from vLLM's own source distributions.
+
+    pip download --no-deps --no-binary vllm --no-build-isolation --no-clean vllm==0.32.0   # once a version
+    python tests/catalog/extract.py SOURCES
+
+SOURCES holds one unpacked source distribution a version, in folders named after the version (pip keeps the unpacked
+source under $TMPDIR with --no-clean, even though building it fails without CUDA). Nothing is imported: the files
+are read as syntax trees. Hand-written keys of flags.yml (``replacement``, ``note``) are kept.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CATALOG = Path(__file__).parents[2] / "plugins" / "plugin_utils" / "planner" / "catalog"
+# Where the server's options are declared. Older and newer trees have only some of these.
+OPTION_FILES = (
+    "vllm/engine/arg_utils.py",
+    "vllm/entrypoints/openai/api_server.py",
+    "vllm/entrypoints/openai/cli_args.py",
+    "vllm/entrypoints/launchers/cli_args.py",
+    "vllm/entrypoints/common/cli_args.py",
+    "vllm/entrypoints/cli/serve.py",
+)
+FRONTEND_CLASSES = {"BaseFrontendArgs", "FrontendArgs"}
+REGISTRIES = ("vllm/model_executor/models/registry.py", "vllm/model_executor/models/__init__.py",
+              "vllm/model_executor/model_loader.py")
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+def is_bool(annotation: ast.expr | None) -> bool:
+    return annotation is not None and ast.unparse(annotation) in ("bool", "bool | None", "Optional[bool]")
+
+
+def fields(tree: ast.Module, classes: set[str]) -> dict[str, ast.expr]:
+    """Annotated fields of the named classes."""
+    return {
+        item.target.id: item.annotation
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name in classes
+        for item in node.body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    }
+
+
+def kind_of(call: ast.Call, engine_fields: dict[str, ast.expr], flag: str) -> str:
+    """``switch`` (no value), ``negatable`` (also --no-x) or ``value``."""
+    keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+    action = ast.unparse(keywords["action"]) if "action" in keywords else ""
+    if "BooleanOptionalAction" in action:
+        return "negatable"
+    if action in ("'store_true'", "'store_false'"):
+        return "switch"
+    if action or None not in keywords:  # every option is spelled out: no ** of a config class
+        return "value"
+    return "negatable" if is_bool(engine_fields.get(flag[2:].replace("-", "_"))) else "value"
+
+
+def options(root: Path) -> Iterator[tuple[str, str]]:
+    """(flag, kind) of every server option in one source tree."""
+    engine_fields: dict[str, ast.expr] = {}
+    for name in OPTION_FILES:
+        path = root / name
+        if not path.exists():
+            continue
+        tree = ast.parse(path.read_text())
+        engine_fields |= fields(tree, {"EngineArgs", "AsyncEngineArgs"})
+        for field, annotation in fields(tree, FRONTEND_CLASSES).items():
+            yield f"--{field.replace('_', '-')}", "negatable" if is_bool(annotation) else "value"
+        for call in ast.walk(tree):
+            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
+                continue
+            if call.func.attr != "add_argument":
+                continue
+            for arg in call.args:
+                if isinstance(arg, ast.Constant) and isinstance(arg.value, str) and arg.value.startswith("-"):
+                    flag = arg.value if len(arg.value) < 3 or arg.value[1] != "-" else arg.value.replace("_", "-")
+                    yield flag, kind_of(call, engine_fields, flag)
+
+
+def architectures(root: Path) -> Iterator[str]:
+    """Names of the model classes in the registry: keys of its module-level dictionaries."""
+    for name in REGISTRIES:
+        path = root / name
+        if not path.exists():
+            continue
+        for node in ast.parse(path.read_text()).body:
+            target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+            value = getattr(node, "value", None)
+            if not (isinstance(target, ast.Name) and isinstance(value, ast.Dict) and "MODELS" in target.id):
+                continue
+            # Tables of what is gone, of what runs elsewhere and of other hardware are no support.
+            if any(word in target.id for word in ("PREVIOUSLY", "OOT", "ROCM", "PARTIALLY")):
+                continue
+            for key in value.keys:
+                if isinstance(key, ast.Constant) and re.fullmatch(r"[A-Z]\w+", str(key.value)):
+                    yield str(key.value)
+
+
+def withdrawn(root: Path) -> dict[str, str]:
+    """Model class -> last version that supports it, as the newest registry says of what it no longer has."""
+    for node in ast.parse((root / REGISTRIES[0]).read_text()).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(target, ast.Name) and target.id == "_PREVIOUSLY_SUPPORTED_MODELS":
+            table: dict[str, str] = ast.literal_eval(node.value)  # type: ignore[attr-defined]
+            return table
+    return {}
+
+
+def ranges(seen: set[str], versions: list[str]) -> dict[str, str]:
+    """first and last version; ``last`` is left out while the newest version still has it."""
+    have = [version for version in versions if version in seen]
+    row = {"first": have[0]}
+    if have[-1] != versions[-1]:
+        row["last"] = have[-1]
+    holes = [version for version in versions if version_key(have[0]) < version_key(version) < version_key(have[-1])
+             and version not in seen]
+    if holes:
+        row["except"] = holes  # type: ignore[assignment]
+    return row
+
+
+def dump(name: str, head: list[str], versions: list[str], key: str, rows: dict[str, Any]) -> None:
+    """Writes one row a line, so that a new release shows as few changed lines."""
+    lines = ["---", "# yamllint disable rule:line-length", *head, "versions_read:"]
+    lines += [f"  - {version}" for version in versions]
+    lines.append(f"{key}:")
+    for row in sorted(rows):
+        lines.append(f"  {row}: " + yaml.safe_dump(rows[row], width=10**6, default_flow_style=True).strip())
+    (CATALOG / name).write_text("\n".join(lines) + "\n")
+
+
+def main(sources: Path) -> None:
+    roots = {path.name: path for path in sources.iterdir() if (path / "vllm").is_dir()}
+    versions = sorted(roots, key=version_key)
+    flags: dict[str, set[str]] = defaultdict(set)
+    kinds: dict[str, dict[str, str]] = defaultdict(dict)
+    models: dict[str, set[str]] = defaultdict(set)
+    for version in versions:
+        for flag, kind in options(roots[version]):
+            flags[flag].add(version)
+            kinds[flag][version] = kind
+        for name in architectures(roots[version]):
+            models[name].add(version)
+
+    old = yaml.safe_load((CATALOG / "flags.yml").read_text())["flags"] if (CATALOG / "flags.yml").exists() else {}
+    table: dict[str, Any] = {}
+    for flag, seen in flags.items():
+        row: dict[str, Any] = ranges(seen, versions)
+        by_version = [(version, kinds[flag][version]) for version in versions if version in seen]
+        if by_version[-1][1] != "value":
+            row["switch"] = True
+        negatable = [version for version, kind in by_version if kind == "negatable"]
+        if negatable:
+            row["negatable"] = negatable[0]
+        row |= {key: old[flag][key] for key in ("replacement", "note") if key in old.get(flag, {})}
+        table[flag] = row
+    dump("flags.yml", [
+        "# Options of vLLM's API server: the first and the last version that have them (no `last`: the newest has it).",
+        "# switch: takes no value. negatable: --no-FLAG exists from that version on. except: versions between that lack it.",
+        "# Source: arg_utils.py and cli_args.py of vLLM's source distributions, read by tests/catalog/extract.py;",
+        "# `replacement` and `note` are written by hand from vLLM's release notes and deprecation messages.",
+    ], versions, "flags", table)
+    rows = {name: ranges(seen, versions) for name, seen in models.items()}
+    for name, last in withdrawn(roots[versions[-1]]).items():
+        if name in rows:
+            rows[name]["last"] = last
+    dump("architectures.yml", [
+        "# Model classes in vLLM's registry: the first and the last version that have them (the last as the newest registry",
+        "# says it, where it does: some stay listed a little longer than they work).",
+        "# Source: model_executor/models/registry.py of vLLM's source distributions, read by tests/catalog/extract.py.",
+    ], versions, "architectures", rows)
+    print(f"{len(versions)} versions, {len(table)} flags, {len(models)} architectures")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
