@@ -1,0 +1,193 @@
+#!/usr/bin/python
+# -*- coding: utf-8 -*-
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import absolute_import, division, print_function
+
+__metaclass__ = type
+
+DOCUMENTATION = r"""
+module: host_probe
+short_description: Look at what the preflight of this collection needs to know, in one task
+version_added: 0.1.0
+description:
+  - Disk space, taken ports, Python interpreters that really run, readable files. Never changes anything.
+options:
+  paths:
+    description: Folders whose file system is measured. A missing one is measured where it would be made.
+    type: list
+    elements: path
+    default: []
+  ports:
+    description: TCP ports to look for.
+    type: list
+    elements: int
+    default: []
+  pythons:
+    description: Names or paths of interpreters to try, in order of preference.
+    type: list
+    elements: str
+    default: []
+  files:
+    description: Small text files to read. A missing one is left out of RV(files).
+    type: list
+    elements: path
+    default: []
+author:
+  - baremetal.vllm maintainers
+attributes:
+  check_mode:
+    description: Runs the same in check mode, as it only reads.
+    support: full
+  diff_mode:
+    description: There is nothing to compare.
+    support: none
+  platform:
+    description: Target platforms.
+    platforms: posix
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: Look before leaping
+  baremetal.vllm.host_probe:
+    paths: [/srv/models]
+    ports: [8000]
+    pythons: [python3.12, python3]
+  register: probe
+"""
+
+RETURN = r"""
+free_mib:
+  description: MiB that are free for this user below each path.
+  returned: success
+  type: dict
+  sample: {/srv/models: 81920}
+files:
+  description: Content of each file that could be read.
+  returned: success
+  type: dict
+init:
+  description: Name of process 1, such as V(systemd).
+  returned: success
+  type: str
+listeners:
+  description: For each port that is taken, C(pid) and C(command) of a listener; both empty where this user may not see them.
+  returned: success
+  type: dict
+  sample: {"8000": {"pid": 12, "command": "nginx: master process"}}
+pythons:
+  description: Interpreters that ran, with C(path), C(version) and whether they can make a virtual environment (C(venv)).
+  returned: success
+  type: list
+  elements: dict
+"""
+
+import glob
+import json
+import os
+import re
+import subprocess
+
+from ansible.module_utils.basic import AnsibleModule
+
+LISTEN = "0A"  # state column of /proc/net/tcp
+ASK_PYTHON = (
+    "import json, sys, importlib.util as u;"
+    "print(json.dumps([sys.executable, '.'.join(map(str, sys.version_info[:3])), bool(u.find_spec('ensurepip'))]))"
+)
+
+
+def free_mib(path):
+    while not os.path.isdir(path):
+        path = os.path.dirname(path) or "/"
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize // (1 << 20)
+
+
+def read(path):
+    with open(path, "rb") as handle:
+        return handle.read().decode("utf-8", "replace")
+
+
+def listening_inodes(ports):
+    """Port -> inode of a socket that listens on it."""
+    found = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            lines = read(table).splitlines()[1:]
+        except (IOError, OSError):
+            continue
+        for cells in (line.split() for line in lines):
+            port = int(cells[1].rsplit(":", 1)[1], 16)
+            if cells[3] == LISTEN and port in ports:
+                found[port] = cells[9]
+    return found
+
+
+def owners(inodes):
+    """Inode -> pid and command line of a process that holds the socket."""
+    wanted, found = set(inodes), {}
+    for link in glob.glob("/proc/[0-9]*/fd/*") if wanted else []:
+        try:
+            match = re.match(r"socket:\[(\d+)\]$", os.readlink(link))
+            if match and match.group(1) in wanted:
+                pid = link.split("/")[2]
+                found[match.group(1)] = {
+                    "pid": int(pid),
+                    "command": " ".join(read("/proc/%s/cmdline" % pid).split("\0")).strip(),
+                }
+        except (IOError, OSError):
+            continue  # the process has gone, or is another user's
+    return found
+
+
+def interpreters(candidates):
+    found = []
+    for candidate in candidates:
+        try:
+            # Run, not looked up: a name on PATH may be a version manager's shim for a version that is not there.
+            process = subprocess.Popen(
+                [candidate, "-c", ASK_PYTHON], stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True
+            )
+            path, version, venv = json.loads(process.communicate()[0])
+        except (OSError, ValueError):
+            continue
+        if path not in [python["path"] for python in found]:
+            found.append({"path": path, "version": version, "venv": venv})
+    return found
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "paths": {"type": "list", "elements": "path", "default": []},
+            "ports": {"type": "list", "elements": "int", "default": []},
+            "pythons": {"type": "list", "elements": "str", "default": []},
+            "files": {"type": "list", "elements": "path", "default": []},
+        },
+        supports_check_mode=True,
+    )
+    inodes = listening_inodes(set(module.params["ports"]))
+    holders = owners(inodes.values())
+    files = {}
+    for path in module.params["files"]:
+        try:
+            files[path] = read(path)
+        except (IOError, OSError):
+            pass
+    module.exit_json(
+        changed=False,
+        free_mib=dict((path, free_mib(path)) for path in module.params["paths"]),
+        files=files,
+        init=read("/proc/1/comm").strip(),
+        listeners=dict(
+            (str(port), holders.get(inode, {"pid": None, "command": ""})) for port, inode in inodes.items()
+        ),
+        pythons=interpreters(module.params["pythons"]),
+    )
+
+
+if __name__ == "__main__":
+    main()

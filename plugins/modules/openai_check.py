@@ -1,0 +1,271 @@
+#!/usr/bin/python
+# -*- coding: utf-8 -*-
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import absolute_import, division, print_function
+
+__metaclass__ = type
+
+DOCUMENTATION = r"""
+module: openai_check
+short_description: Prove that an OpenAI endpoint answers, and that it answers nobody else
+version_added: 0.1.0
+description:
+  - Sends real requests to a vLLM OpenAI endpoint and judges the answers. All checks run; the module fails at the end if
+    one did not hold, and names each of them.
+options:
+  base_url:
+    description: The endpoint, up to and with C(/v1).
+    type: str
+    required: true
+  api_key:
+    description: The key that the endpoint expects. Give this or O(api_key_file).
+    type: str
+  api_key_file:
+    description: A file on this host that holds the key.
+    type: path
+  model:
+    description: Name under which the model is served.
+    type: str
+    required: true
+  checks:
+    description: What to prove, in this order.
+    type: list
+    elements: str
+    choices: [health, models, completion, chat, stream, wrong_key, closed]
+    default: [health, models, completion, chat, stream, wrong_key, closed]
+  closed_paths:
+    description:
+      - Paths that must not answer without the key. An answer below 400 is a failure.
+      - O(open_paths) are left out.
+    type: list
+    elements: str
+    default: []
+  open_paths:
+    description: Paths outside C(/v1) that are meant to answer everybody.
+    type: list
+    elements: str
+    default: [/health]
+  prompt:
+    description: What to ask.
+    type: str
+    default: Say hello.
+  max_tokens:
+    description: Longest answer in tokens.
+    type: int
+    default: 16
+  timeout:
+    description: Seconds for one request.
+    type: int
+    default: 120
+author:
+  - baremetal.vllm maintainers
+attributes:
+  check_mode:
+    description: Sends nothing in check mode, as the endpoint need not be there yet.
+    support: partial
+  diff_mode:
+    description: There is nothing to compare.
+    support: none
+  platform:
+    description: Target platforms.
+    platforms: posix
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: Prove the endpoint
+  baremetal.vllm.openai_check:
+    base_url: http://127.0.0.1:8000/v1
+    api_key_file: /etc/vllm/chat/api_key
+    model: qwen2.5-7b
+    closed_paths: [/metrics, /tokenize]
+"""
+
+RETURN = r"""
+answer:
+  description: What the model said to O(prompt), where the checks V(chat) or V(completion) ran.
+  returned: success
+  type: str
+checks:
+  description: Each check with C(name), C(ok), C(detail) and C(ms).
+  returned: always
+  type: list
+  elements: dict
+"""
+
+import json
+import time
+
+from ansible.module_utils.basic import AnsibleModule
+
+try:
+    from http.client import HTTPException
+    from urllib.error import HTTPError, URLError
+    from urllib.request import ProxyHandler, Request, build_opener
+except ImportError:  # pragma: no cover - Python 2 only meets this file when ansible-test compiles it
+    HTTPException = HTTPError = URLError = Exception
+
+WRONG_KEY = "sk-this-key-is-wrong"
+
+
+class Failed(Exception):
+    """A check that did not hold; the text says what was seen."""
+
+
+class Endpoint:
+    def __init__(self, params, key):
+        self.base = params["base_url"].rstrip("/")
+        self.root = self.base[: -len("/v1")]
+        self.params, self.key = params, key
+        # An endpoint that this host serves is never behind the host's proxy.
+        self.opener = build_opener(ProxyHandler({}))
+
+    def send(self, url, body=None, key=None):
+        """(status, text) of one request. Raises Failed when there is no HTTP answer at all."""
+        headers = {"Content-Type": "application/json"}
+        if key:
+            headers["Authorization"] = "Bearer " + key
+        data = None if body is None else json.dumps(body).encode("utf-8")
+        try:
+            response = self.opener.open(Request(url, data, headers), timeout=self.params["timeout"])
+            return response.getcode(), response.read().decode("utf-8", "replace")
+        except HTTPError as error:
+            return error.code, error.read().decode("utf-8", "replace")
+        except (URLError, HTTPException, OSError) as error:
+            raise Failed("%s: %s" % (url, getattr(error, "reason", error)))
+
+    def ask(self, path, body=None):
+        """Decoded JSON of an answer to the right key."""
+        status, text = self.send(self.base + path, body, self.key)
+        if status != 200:
+            raise Failed("%s: HTTP %d %s" % (path, status, text[:200]))
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise Failed("%s: the answer is no JSON: %s" % (path, text[:200]))
+
+    def request(self, **extra):
+        return dict(model=self.params["model"], max_tokens=self.params["max_tokens"], temperature=0, **extra)
+
+    def messages(self):
+        return [{"role": "user", "content": self.params["prompt"]}]
+
+    # Each check returns one line that says what was seen.
+
+    def health(self):
+        status, text = self.send(self.root + "/health")
+        if status != 200:
+            raise Failed("/health: HTTP %d %s" % (status, text[:200]))
+        return "HTTP 200"
+
+    def models(self):
+        names = [model["id"] for model in self.ask("/models")["data"]]
+        if self.params["model"] not in names:
+            raise Failed("/models lists %s, not %s" % (", ".join(names) or "nothing", self.params["model"]))
+        return ", ".join(names)
+
+    def text(self, choice, field):
+        answer = choice.get("text") if field == "text" else choice["message"].get("content")
+        # A reasoning model may spend all its tokens on thinking; tokens were made all the same.
+        answer = answer or choice.get("message", {}).get("reasoning") or ""
+        if not answer.strip():
+            raise Failed("the answer is empty")
+        return answer.strip()
+
+    def completion(self):
+        return self.text(self.ask("/completions", self.request(prompt=self.params["prompt"]))["choices"][0], "text")
+
+    def chat(self):
+        return self.text(self.ask("/chat/completions", self.request(messages=self.messages()))["choices"][0], "content")
+
+    def stream(self):
+        status, text = self.send(
+            self.base + "/chat/completions", self.request(messages=self.messages(), stream=True), self.key
+        )
+        events = [line[len("data:") :].strip() for line in text.splitlines() if line.startswith("data:")]
+        if status != 200 or len(events) < 3 or events[-1] != "[DONE]":
+            raise Failed("the stream gave HTTP %d and %d events, the last one %s" % (status, len(events), events[-1:]))
+        for event in events[:-1]:
+            json.loads(event)
+        return "%d events" % len(events)
+
+    def wrong_key(self):
+        seen = []
+        for key in (WRONG_KEY, None):
+            status = self.send(self.base + "/models", key=key)[0]
+            if status != 401:
+                raise Failed("/v1/models with %s key: HTTP %d, not 401" % ("a wrong" if key else "no", status))
+            seen.append(status)
+        return "HTTP 401 with a wrong key and without one"
+
+    def closed(self):
+        paths = [path for path in self.params["closed_paths"] if path not in self.params["open_paths"]]
+        answered = []
+        for path in paths:
+            for body in (None, {}):
+                status = self.send(self.root + path, body)[0]
+                # 405 and 422 come from a route that is there and only dislikes the request.
+                if status not in (401, 403, 404):
+                    answered.append("%s %s: HTTP %d" % ("GET" if body is None else "POST", path, status))
+        if answered:
+            raise Failed("open without the key: " + ", ".join(answered))
+        return "%d paths are closed" % len(paths)
+
+
+def run(endpoint, name):
+    start = time.time()
+    try:
+        ok, detail = True, getattr(endpoint, name)()
+    except Failed as error:
+        ok, detail = False, str(error)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        ok, detail = False, "the answer has not the form of the OpenAI API: %r" % error
+    return {"name": name, "ok": ok, "detail": detail, "ms": int((time.time() - start) * 1000)}
+
+
+def main():
+    names = ["health", "models", "completion", "chat", "stream", "wrong_key", "closed"]
+    module = AnsibleModule(
+        argument_spec={
+            "base_url": {"type": "str", "required": True},
+            "api_key": {"type": "str", "no_log": True},
+            "api_key_file": {"type": "path", "no_log": False},
+            "model": {"type": "str", "required": True},
+            "checks": {"type": "list", "elements": "str", "choices": names, "default": names},
+            "closed_paths": {"type": "list", "elements": "str", "default": []},
+            "open_paths": {"type": "list", "elements": "str", "default": ["/health"]},
+            "prompt": {"type": "str", "default": "Say hello."},
+            "max_tokens": {"type": "int", "default": 16},
+            "timeout": {"type": "int", "default": 120},
+        },
+        mutually_exclusive=[("api_key", "api_key_file")],
+        required_one_of=[("api_key", "api_key_file")],
+        supports_check_mode=True,
+    )
+    params = module.params
+    if not params["base_url"].rstrip("/").endswith("/v1"):
+        module.fail_json(msg="base_url is %s: give the address up to and with /v1" % params["base_url"])
+    if module.check_mode:
+        module.exit_json(changed=False, skipped=True, checks=[], answer="")
+    key = params["api_key"]
+    if params["api_key_file"]:
+        try:
+            with open(params["api_key_file"]) as handle:
+                key = handle.read().strip()
+        except (IOError, OSError) as error:
+            module.fail_json(msg="cannot read the API key from %s: %s" % (params["api_key_file"], error.strerror))
+        module.no_log_values.add(key)
+    endpoint = Endpoint(params, key)
+    checks = [run(endpoint, name) for name in params["checks"]]
+    failed = [check for check in checks if not check["ok"]]
+    if failed:
+        lines = ["%s (%s)" % (check["name"], check["detail"]) for check in failed]
+        module.fail_json(msg="%s does not hold: %s" % (params["base_url"], "; ".join(lines)), checks=checks)
+    answers = dict((check["name"], check["detail"]) for check in checks)
+    module.exit_json(changed=False, checks=checks, answer=answers.get("chat", answers.get("completion", "")))
+
+
+if __name__ == "__main__":
+    main()
