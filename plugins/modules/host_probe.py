@@ -73,10 +73,12 @@ init:
   returned: success
   type: str
 listeners:
-  description: For each port that is taken, C(pid) and C(command) of a listener; both empty where this user may not see them.
+  description:
+    - For each port that is taken, C(pid), C(command) and C(cwd) of a listener; empty where this user may not see them.
+    - The working folder tells one's own server from another; vLLM changes its command line.
   returned: success
   type: dict
-  sample: {"8000": {"pid": 12, "command": "nginx: master process"}}
+  sample: {"8000": {"pid": 12, "command": "nginx: master process", "cwd": "/"}}
 pythons:
   description: Interpreters that ran, with C(path), C(version) and whether they can make a virtual environment (C(venv)).
   returned: success
@@ -127,7 +129,7 @@ def listening_inodes(ports):
 
 
 def owners(inodes):
-    """Inode -> pid and command line of a process that holds the socket."""
+    """Inode -> pid, command line and working folder of a process that holds the socket."""
     wanted, found = set(inodes), {}
     for link in glob.glob("/proc/[0-9]*/fd/*") if wanted else []:
         try:
@@ -137,6 +139,7 @@ def owners(inodes):
                 found[match.group(1)] = {
                     "pid": int(pid),
                     "command": " ".join(read("/proc/%s/cmdline" % pid).split("\0")).strip(),
+                    "cwd": os.readlink("/proc/%s/cwd" % pid),
                 }
         except (IOError, OSError):
             continue  # the process has gone, or is another user's
@@ -183,7 +186,7 @@ def main():
         files=files,
         init=read("/proc/1/comm").strip(),
         listeners=dict(
-            (str(port), holders.get(inode, {"pid": None, "command": ""})) for port, inode in inodes.items()
+            (str(port), holders.get(inode, {"pid": None, "command": "", "cwd": ""})) for port, inode in inodes.items()
         ),
         pythons=interpreters(module.params["pythons"]),
     )

@@ -12,21 +12,22 @@ module: model_info
 short_description: What a model is, read from its folder or from a hub, before anything is fetched
 version_added: 0.1.0
 description:
-  - Reads C(config.json) and the size of the weights of a model. Never changes anything.
-  - A model that is not there, or that cannot be read, is no failure of the module but a RV(problem), so that a preflight
-    can collect what is wrong on every host.
+  - Reads C(config.json) and the size of the weights of models. Never changes anything.
+  - A model that is not there, or that cannot be read, is no failure of the module but a C(problem) of that model, so that
+    a preflight can collect what is wrong on every host.
 options:
-  path:
-    description: Folder where the model lies, or will lie once it is fetched.
+  models:
+    description:
+      - The models, each with C(name) (of the entry), C(model), and optionally C(source) and C(revision).
+      - C(source) is V(huggingface) for C(owner/name) (the default), V(path) for an absolute path (the default for one) or
+        V(generated) for what M(baremetal.vllm.random_model) makes. Other keys are not read.
+    type: list
+    elements: dict
+    required: true
+  root:
+    description: Folder below which fetched and generated models lie, or will lie.
     type: path
     required: true
-  repo:
-    description: Repository on the hub, C(owner/name). Without it the model must lie in O(path).
-    type: str
-  revision:
-    description: Branch, tag or commit.
-    type: str
-    default: main
   endpoint:
     description: Address of the hub or of a mirror.
     type: str
@@ -56,38 +57,55 @@ attributes:
 EXAMPLES = r"""
 - name: What would be fetched
   baremetal.vllm.model_info:
-    path: /srv/models/Qwen/Qwen2.5-0.5B-Instruct
-    repo: Qwen/Qwen2.5-0.5B-Instruct
+    root: /srv/models
+    models:
+      - name: chat
+        model: Qwen/Qwen2.5-0.5B-Instruct
   register: info
 """
 
 RETURN = r"""
-commit:
-  description: Commit that O(revision) stands for; empty for a local folder.
-  returned: success
-  type: str
-config:
-  description: The C(config.json), empty when there is a problem.
+models:
+  description: Facts about each model, by the name of its entry.
   returned: success
   type: dict
-present:
-  description: Whether the model lies complete in O(path).
-  returned: success
-  type: bool
-problem:
-  description: One line that says what is wrong and how to go on, or nothing.
-  returned: success
-  type: str
-weights_bytes:
-  description: Size of the weight files.
-  returned: success
-  type: int
+  contains:
+    commit:
+      description: Commit that the revision stands for; empty for a local folder.
+      type: str
+    config:
+      description: The C(config.json), empty when there is a problem.
+      type: dict
+    model:
+      description: The model as it was given.
+      type: str
+    path:
+      description: Folder where the model lies, or will lie once it is fetched.
+      type: str
+    present:
+      description: Whether the model lies complete in C(path).
+      type: bool
+    problem:
+      description: One line that says what is wrong and how to go on, or nothing.
+      type: str
+    revision:
+      description: Branch, tag or commit as it was given.
+      type: str
+    source:
+      description: V(huggingface), V(path) or V(generated).
+      type: str
+    weights_bytes:
+      description: Size of the weight files.
+      type: int
 """
 
 import json
 import os
+import re
 
 from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.baremetal.vllm.plugins.module_utils import random_llama
 
 try:
     from http.client import HTTPException
@@ -99,6 +117,8 @@ except ImportError:  # pragma: no cover - Python 2 only meets this file when ans
 
 # Written by the role `model` next to the files once all of them are there.
 COMPLETE = ".baremetal-complete.json"
+# What a model is called, for each source.
+FORMS = {"huggingface": r"[A-Za-z0-9][\w.-]*/[\w.-]+$", "path": r"/", "generated": r"[\w-]+$"}
 
 
 class Problem(Exception):
@@ -138,7 +158,7 @@ def from_folder(path):
     return {"config": config, "weights_bytes": weight_size(sizes), "commit": "", "present": True}
 
 
-def get(url, params):
+def get(url, params, model):
     headers = {"Authorization": "Bearer " + params["token"]} if params["token"] else {}
     try:
         return urlopen(Request(url, headers=headers), timeout=params["timeout"]).read().decode("utf-8", "replace")
@@ -147,19 +167,22 @@ def get(url, params):
             # The hub says 401 for what does not exist, too, so as not to tell strangers what does.
             raise Problem(
                 "model %s (revision %s) is not to be had from %s: HTTP %d. Check the name, and for a gated model accept "
-                "its licence there and give model_token" % (params["repo"], params["revision"], params["endpoint"], error.code)
+                "its licence there and give model_token" % (model["model"], model["revision"], params["endpoint"], error.code)
             )
         raise Problem("%s answers HTTP %d: try again later, or give another model_hub_endpoint" % (url, error.code))
     except (URLError, HTTPException, OSError) as error:
         raise Problem(
             "cannot reach the hub %s for model %s (%s): give model_hub_endpoint of a mirror, or the path of a local folder"
-            % (params["endpoint"], params["repo"], getattr(error, "reason", error))
+            % (params["endpoint"], model["model"], getattr(error, "reason", error))
         )
 
 
-def from_hub(params):
-    endpoint, repo = params["endpoint"].rstrip("/"), quote(params["repo"])
-    answer = get("%s/api/models/%s/revision/%s?blobs=true" % (endpoint, repo, quote(params["revision"], "")), params)
+def from_hub(params, model):
+    stamp = complete(model)
+    if stamp:
+        return dict(from_folder(model["path"]), commit=stamp.get("commit", ""))
+    endpoint, repo = params["endpoint"].rstrip("/"), quote(model["model"])
+    answer = get("%s/api/models/%s/revision/%s?blobs=true" % (endpoint, repo, quote(model["revision"], "")), params, model)
     try:
         information = json.loads(answer)
         sizes = dict((entry["rfilename"], entry.get("size")) for entry in information["siblings"])
@@ -167,49 +190,73 @@ def from_hub(params):
     except (ValueError, KeyError, TypeError):
         raise Problem("%s is no model hub: its answer has no list of files. Check model_hub_endpoint" % endpoint)
     if "config.json" not in sizes:
-        raise Problem("model %s holds no config.json: vLLM cannot serve it" % params["repo"])
+        raise Problem("model %s holds no config.json: vLLM cannot serve it" % model["model"])
     where = "%s/%s/resolve/%s/config.json" % (endpoint, repo, commit)
-    config = parse_config(get(where, params), where)
+    config = parse_config(get(where, params, model), where)
     return {"config": config, "weights_bytes": weight_size(sizes), "commit": commit, "present": False}
 
 
-def complete(path, params):
-    """Whether the folder holds the wanted repository and revision."""
+def complete(model):
+    """The stamp of a folder that holds the wanted repository and revision, else None."""
     try:
-        with open(os.path.join(path, COMPLETE)) as handle:
+        with open(os.path.join(model["path"], COMPLETE)) as handle:
             stamp = json.load(handle)
     except (IOError, OSError, ValueError):
         return None
-    wanted = {"repo": params["repo"], "revision": params["revision"]}
+    wanted = {"repo": model["model"], "revision": model["revision"]}
     return stamp if dict((key, stamp.get(key)) for key in wanted) == wanted else None
+
+
+def from_generator(path):
+    foreign = os.path.lexists(path) and not os.path.exists(os.path.join(path, random_llama.MANIFEST))
+    if foreign:
+        raise Problem("%s exists and is no generated model: name the model otherwise or move it away" % path)
+    present = random_llama.current(path, 0)
+    return {"config": random_llama.CONFIG, "weights_bytes": random_llama.weights_bytes(), "present": present}
+
+
+def describe(entry, params):
+    """Facts about one entry of `models`."""
+    name = entry.get("model")
+    result = {"model": name, "revision": str(entry.get("revision") or "main"), "path": "", "problem": ""}
+    result.update(config={}, weights_bytes=0, commit="", present=False)
+    try:
+        if not isinstance(name, str) or not name:
+            raise Problem("service %s has no model: give owner/name or the path of a folder" % entry.get("name"))
+        source = entry.get("source") or ("path" if name.startswith("/") else "huggingface")
+        result["source"] = source
+        if source not in FORMS:
+            raise Problem("source %s of model %s is not known: give one of %s" % (source, name, ", ".join(sorted(FORMS))))
+        if not re.match(FORMS[source], name):
+            raise Problem(
+                "model %s is no name for source %s: give owner/name for huggingface, an absolute path for path, and letters, "
+                "digits, - and _ for generated" % (name, source)
+            )
+        result["path"] = name if source == "path" else os.path.join(params["root"], name)
+        if source == "path":
+            result.update(from_folder(name))
+        elif source == "generated":
+            result.update(from_generator(result["path"]))
+        else:
+            result.update(from_hub(params, result))
+    except Problem as problem:
+        result["problem"] = str(problem)
+    return result
 
 
 def main():
     module = AnsibleModule(
         argument_spec={
-            "path": {"type": "path", "required": True},
-            "repo": {"type": "str"},
-            "revision": {"type": "str", "default": "main"},
+            "models": {"type": "list", "elements": "dict", "required": True},
+            "root": {"type": "path", "required": True},
             "endpoint": {"type": "str", "default": "https://huggingface.co"},
             "token": {"type": "str", "no_log": True},
             "timeout": {"type": "int", "default": 20},
         },
         supports_check_mode=True,
     )
-    params, path = module.params, module.params["path"]
-    result = {"config": {}, "weights_bytes": 0, "commit": "", "present": False, "problem": ""}
-    try:
-        if not params["repo"]:
-            result.update(from_folder(path))
-        else:
-            stamp = complete(path, params)
-            if stamp:
-                result.update(from_folder(path), commit=stamp.get("commit", ""))
-            else:
-                result.update(from_hub(params))
-    except Problem as problem:
-        result["problem"] = str(problem)
-    module.exit_json(changed=False, **result)
+    models = dict((str(entry.get("name")), describe(entry, module.params)) for entry in module.params["models"])
+    module.exit_json(changed=False, models=models)
 
 
 if __name__ == "__main__":

