@@ -8,7 +8,6 @@ host with its own Python (3.6 at the oldest) and the standard library alone.
 Argument: a JSON object {"packages": [names whose installed version is asked for],
 "files": [paths whose sha256 is asked for], "nofile": open files that a container shall be allowed}.
 """
-import glob
 import hashlib
 import http.client
 import json
@@ -19,10 +18,11 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 DAEMON_JSON = "/etc/docker/daemon.json"
 ENGINE_ENV = "/etc/docker/engine.env"
-DROP_INS = "/etc/systemd/system/docker.service.d/*.conf"
+DROP_INS = Path("/etc/systemd/system/docker.service.d")
 SOCKETS = ("/run/docker.sock", "/var/run/docker.sock")
 PIDFILES = ("/run/docker.pid", "/var/run/docker.pid")
 PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -32,8 +32,8 @@ def run(*argv):
     """Standard output of a command, or an empty string where it is missing, fails or hangs."""
     try:
         done = subprocess.run(
-            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=20,
-            env=dict(os.environ, LC_ALL="C", PATH=PATHS), check=False,
+            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,  # noqa: UP021, UP022 - 3.6
+            timeout=20, env=dict(os.environ, LC_ALL="C", PATH=PATHS), check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
@@ -42,8 +42,7 @@ def run(*argv):
 
 def read(path):
     try:
-        with open(path, encoding="utf-8", errors="replace") as handle:
-            return handle.read()
+        return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
 
@@ -67,20 +66,20 @@ def daemon_json():
         return result
     try:
         options = json.loads(text, object_pairs_hook=no_duplicates)
-    except ValueError as err:
-        result["error"] = "%s line %d column %d is not valid JSON: %s" % (
-            DAEMON_JSON, getattr(err, "lineno", 1), getattr(err, "colno", 1), getattr(err, "msg", err))
+    except json.JSONDecodeError as err:
+        where = f"line {err.lineno} column {err.colno}"
+        result["error"] = f"{DAEMON_JSON} {where} is not valid JSON: {err.msg}"
         return result
     except KeyError as err:
         key = err.args[0].split(", ")[0]
-        lines = [number for number, line in enumerate(text.splitlines(), 1) if '"%s"' % key in line]
-        result["error"] = "%s line %d sets %s a second time" % (DAEMON_JSON, lines[-1] if lines else 1, key)
+        lines = [number for number, line in enumerate(text.splitlines(), 1) if json.dumps(key) in line]
+        result["error"] = f"{DAEMON_JSON} line {lines[-1] if lines else 1} sets {key} a second time"
         return result
     if isinstance(options, dict):
         result["options"] = options
     else:
-        result["error"] = "%s line 1 holds a JSON %s where an object {...} is expected" % (
-            DAEMON_JSON, type(options).__name__)
+        kind = type(options).__name__
+        result["error"] = f"{DAEMON_JSON} line 1 holds a {kind} where a JSON object {{...}} is expected"
     return result
 
 
@@ -100,7 +99,7 @@ class DockerConnection(http.client.HTTPConnection):
 def engine_info():
     """What the running engine says of itself (GET /info), cut to what the role compares; {} where none answers."""
     for path in SOCKETS:
-        if not os.path.exists(path):
+        if not Path(path).exists():
             continue
         try:
             connection = DockerConnection(path)
@@ -127,14 +126,14 @@ def engine_pid():
     """Process id of the running dockerd, 0 where there is none. A stale pid file is not believed."""
     for path in PIDFILES:
         pid = (read(path) or "").strip()
-        if pid.isdigit() and (read("/proc/%s/comm" % pid) or "").strip() == "dockerd":
+        if pid.isdigit() and (read(f"/proc/{pid}/comm") or "").strip() == "dockerd":
             return int(pid)
     return 0
 
 
 def started_at(pid):
     """When a process started, in seconds since the epoch."""
-    stat = read("/proc/%d/stat" % pid) or ""
+    stat = read(f"/proc/{pid}/stat") or ""
     boot = re.search(r"^btime (\d+)$", read("/proc/stat") or "", re.M)
     if not stat or not boot:
         return 0.0
@@ -144,7 +143,7 @@ def started_at(pid):
 
 def unit():
     """The systemd unit's state and the arguments that it gives dockerd besides the binary."""
-    text = run("systemctl", "show", "docker.service", "-p", "LoadState,ActiveState,UnitFileState,NeedDaemonReload,ExecStart")
+    text = run("systemctl", "show", "docker.service", "-p", "LoadState,UnitFileState,NeedDaemonReload,ExecStart")
     fields = dict(line.partition("=")[::2] for line in text.splitlines() if "=" in line)
     argv = re.search(r"argv\[\]=(.*?) ;", fields.get("ExecStart", ""))
     return {
@@ -159,8 +158,7 @@ def unit():
 def sha256(path):
     """Content of a file by its checksum: what it holds may be secret. Empty where there is no file."""
     try:
-        with open(path, "rb") as handle:
-            return hashlib.sha256(handle.read()).hexdigest()
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError:
         return ""
 
@@ -198,17 +196,16 @@ def packages(names):
 def foreign_sources():
     """Package sources of somebody else's making that also name Docker's repository."""
     found = []
-    for path in sorted(
-        glob.glob("/etc/apt/sources.list") + glob.glob("/etc/apt/sources.list.d/*")
-        + glob.glob("/etc/yum.repos.d/*.repo")
-    ):
-        if os.path.basename(path) in ("baremetal-docker.sources", "baremetal-docker.repo"):
+    etc = Path("/etc")
+    lists = [etc / "apt/sources.list", *etc.glob("apt/sources.list.d/*"), *etc.glob("yum.repos.d/*.repo")]
+    for path in sorted(lists):
+        if path.stem == "baremetal-docker":
             continue
         for line in (read(path) or "").splitlines():
             if re.match(r"\s*(deb\s|URIs:|baseurl\s*=|mirrorlist\s*=)", line) and re.search(
                 r"download\.docker\.com/linux|docker-ce/linux", line
             ):
-                found.append(path)
+                found.append(str(path))
                 break
     return found
 
@@ -221,22 +218,23 @@ def main():
     version = re.search(r"version ([0-9][^,\s]*)", run(dockerd, "--version")) if dockerd else None
     nofile_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     # What the engine reads once, when it starts: newer than the engine means not in force yet.
-    read_at_start = [DAEMON_JSON, ENGINE_ENV] + glob.glob(DROP_INS)
+    read_at_start = [Path(DAEMON_JSON), Path(ENGINE_ENV), *DROP_INS.glob("*.conf")]
     print(json.dumps({
         "pid1": (read("/proc/1/comm") or "").strip(),
         "dockerd": dockerd,
         "version": version.group(1) if version else "",
-        "init_script": os.path.exists("/etc/init.d/docker"),
         "unit": unit(),
         "pid": pid,
         # A second of grace: file times and process times come from clocks of different steps.
         "newer_files": [
-            path for path in read_at_start if pid and os.path.exists(path) and os.path.getmtime(path) > start + 1
+            str(path) for path in read_at_start if pid and path.exists() and path.stat().st_mtime > start + 1
         ],
         "info": engine_info() if pid else {},
         "daemon_json": daemon_json(),
         "packages": packages(asked["packages"]),
         "foreign_sources": foreign_sources(),
+        # dnf fetches its lists when it needs them, apt only when told to.
+        "package_lists": not shutil.which("apt-get", path=PATHS) or any(Path("/var/lib/apt/lists").glob("*Packages*")),
         "files": {path: sha256(path) for path in asked["files"]},
         "nofile_limit": nofile_limit,
         "nofile_possible": nofile_possible(int(asked["nofile"])),

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 # dockerd has --validate since 23.0. An older one reads and judges the file first and this flag afterwards,
 # so that the complaint about the flag, and no other, says that the file is good.
@@ -30,12 +31,14 @@ def main():
     try:
         with os.fdopen(handle, "w") as stream:
             stream.write(text)
-        command = [dockerd] + arguments + ["--config-file", path]
+        command = [dockerd, *arguments, "--config-file", path]
         command += ["--log-level", NO_SUCH_LEVEL] if old else ["--validate"]
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, timeout=30, check=False)
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True,  # noqa: UP021 - 3.6
+            timeout=30, check=False,
+        )
     finally:
-        os.unlink(path)
+        Path(path).unlink()
     said = done.stdout.strip()
     if done.returncode == 0 or (old and "unable to parse logging level: " + NO_SUCH_LEVEL in said):
         return 0
