@@ -24,6 +24,13 @@ options:
     description: Seconds to wait for one answer of C(nvidia-smi), which hangs when a driver or a GPU is in trouble.
     type: int
     default: 30
+  own_paths:
+    description:
+      - Folders of servers that are being managed. Memory of processes that work below one of them is not counted as used,
+        so that a running service can be planned again.
+    type: list
+    elements: path
+    default: []
   sysfs:
     description: Where sysfs is mounted. Another root serves to replay a captured host.
     type: path
@@ -49,6 +56,7 @@ attributes:
 EXAMPLES = r"""
 - name: Know the GPUs
   baremetal.vllm.gpu_facts:
+    own_paths: [/var/lib/vllm]
 
 - name: Show what will be served on
   ansible.builtin.debug:
@@ -76,7 +84,8 @@ ansible_facts:
         gpus:
           description:
             - One entry a GPU, in the order of C(nvidia-smi), which is the order of the PCI bus.
-            - C(index), C(uuid), C(name), C(memory_total_mib), C(memory_used_mib), C(compute_capability), C(pci_bus_id) and C(mig).
+            - C(index), C(uuid), C(name), C(memory_total_mib), C(memory_used_mib) (by others than
+              O(own_paths)), C(compute_capability), C(pci_bus_id) and C(mig).
           type: list
           elements: dict
         links:
@@ -164,6 +173,20 @@ def parse_gpus(text):
     return gpus
 
 
+def own_memory(text, own_paths):
+    """MiB by GPU uuid that processes below own_paths hold, from `--query-compute-apps=gpu_uuid,pid,used_memory`."""
+    held = {}
+    for row in csv.reader(text.strip().splitlines(), skipinitialspace=True):
+        try:
+            uuid, pid, used = row[0], row[1].strip(), int(row[2])
+            folder = os.readlink("/proc/%s/cwd" % pid)
+        except (IndexError, ValueError, OSError):
+            continue  # no process, memory that the driver does not tell, or a process of somebody else
+        if any(folder == path or folder.startswith(path.rstrip("/") + "/") for path in own_paths):
+            held[uuid] = held.get(uuid, 0) + used
+    return held
+
+
 def parse_matrix(text, count):
     """The count x count cells of an nvidia-smi topology table, which carries ANSI codes and extra columns."""
     rows = {}
@@ -207,7 +230,7 @@ def cpu_facts():
     }
 
 
-def collect(nvidia_smi, timeout, sysfs):
+def collect(nvidia_smi, timeout, sysfs, own_paths=()):
     facts = {
         "device": "cpu",
         "driver_version": None,
@@ -227,6 +250,11 @@ def collect(nvidia_smi, timeout, sysfs):
                 del gpu["driver_version"]
             facts["gpus"] = gpus
             facts["device"] = "cuda"
+        if gpus and own_paths:
+            apps = ["--query-compute-apps=gpu_uuid,pid,used_memory", "--format=csv,noheader,nounits"]
+            held = own_memory(smi(nvidia_smi, apps, timeout), own_paths)
+            for gpu in gpus:
+                gpu["memory_used_mib"] = max(0, gpu["memory_used_mib"] - held.get(gpu["uuid"], 0))
         if len(gpus) > 1:
             facts["links"] = parse_matrix(smi(nvidia_smi, ["topo", "-m"], timeout), len(gpus))
             facts["p2p"] = parse_matrix(smi(nvidia_smi, ["topo", "-p2p", "r"], timeout), len(gpus))
@@ -242,13 +270,15 @@ def main():
         argument_spec={
             "nvidia_smi": {"type": "str", "default": "nvidia-smi"},
             "timeout": {"type": "int", "default": 30},
+            "own_paths": {"type": "list", "elements": "path", "default": []},
             "sysfs": {"type": "path", "default": "/sys"},
         },
         supports_check_mode=True,
     )
     if module.params["timeout"] < 1:
         module.fail_json(msg="timeout is %d: give at least 1 second" % module.params["timeout"])
-    facts = collect(module.params["nvidia_smi"], module.params["timeout"], module.params["sysfs"])
+    params = module.params
+    facts = collect(params["nvidia_smi"], params["timeout"], params["sysfs"], params["own_paths"])
     module.exit_json(changed=False, ansible_facts={"gpu": facts})
 
 

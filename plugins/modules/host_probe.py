@@ -34,6 +34,16 @@ options:
     type: list
     elements: path
     default: []
+  fingerprints:
+    description: Files whose content, mode and owner are compared with what they should be.
+    type: list
+    elements: path
+    default: []
+  pid_files:
+    description: Files that hold the process id of a daemon.
+    type: list
+    elements: path
+    default: []
 author:
   - baremetal.vllm maintainers
 attributes:
@@ -59,6 +69,11 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+fingerprints:
+  description: For each file, C(<sha256> <mode> <owner>), or nothing where it is missing or may not be read.
+  returned: success
+  type: dict
+  sample: {/etc/vllm/chat/env: "e3b0c442... 0600 vllm"}
 free_mib:
   description: MiB that are free for this user below each path.
   returned: success
@@ -79,6 +94,10 @@ listeners:
   returned: success
   type: dict
   sample: {"8000": {"pid": 12, "command": "nginx: master process", "cwd": "/"}}
+pids:
+  description: For each file of O(pid_files), the id of a living process, or 0.
+  returned: success
+  type: dict
 pythons:
   description: Interpreters that ran, with C(path), C(version) and whether they can make a virtual environment (C(venv)).
   returned: success
@@ -87,8 +106,10 @@ pythons:
 """
 
 import glob
+import hashlib
 import json
 import os
+import pwd
 import re
 import subprocess
 
@@ -111,6 +132,28 @@ def free_mib(path):
 def read(path):
     with open(path, "rb") as handle:
         return handle.read().decode("utf-8", "replace")
+
+
+def fingerprint(path):
+    try:
+        status = os.stat(path)
+        with open(path, "rb") as handle:
+            digest = hashlib.sha256(handle.read()).hexdigest()
+    except (IOError, OSError):
+        return ""
+    try:
+        owner = pwd.getpwuid(status.st_uid).pw_name
+    except KeyError:
+        owner = str(status.st_uid)
+    return "%s %04o %s" % (digest, status.st_mode & 0o7777, owner)
+
+
+def living_pid(path):
+    try:
+        pid = int(read(path))
+        return pid if os.path.isdir("/proc/%d" % pid) else 0
+    except (IOError, OSError, ValueError):
+        return 0
 
 
 def listening_inodes(ports):
@@ -169,6 +212,8 @@ def main():
             "ports": {"type": "list", "elements": "int", "default": []},
             "pythons": {"type": "list", "elements": "str", "default": []},
             "files": {"type": "list", "elements": "path", "default": []},
+            "fingerprints": {"type": "list", "elements": "path", "default": []},
+            "pid_files": {"type": "list", "elements": "path", "default": []},
         },
         supports_check_mode=True,
     )
@@ -184,10 +229,12 @@ def main():
         changed=False,
         free_mib=dict((path, free_mib(path)) for path in module.params["paths"]),
         files=files,
+        fingerprints=dict((path, fingerprint(path)) for path in module.params["fingerprints"]),
         init=read("/proc/1/comm").strip(),
         listeners=dict(
             (str(port), holders.get(inode, {"pid": None, "command": "", "cwd": ""})) for port, inode in inodes.items()
         ),
+        pids=dict((path, living_pid(path)) for path in module.params["pid_files"]),
         pythons=interpreters(module.params["pythons"]),
     )
 

@@ -181,6 +181,11 @@ def from_hub(params, model):
     stamp = complete(model)
     if stamp:
         return dict(from_folder(model["path"]), commit=stamp.get("commit", ""))
+    if os.path.lexists(model["path"]):
+        raise Problem(
+            "%s is there and is not revision %s of %s as this collection fetched it: move it away, or serve it as it is by "
+            "giving its path as the model" % (model["path"], model["revision"], model["model"])
+        )
     endpoint, repo = params["endpoint"].rstrip("/"), quote(model["model"])
     answer = get("%s/api/models/%s/revision/%s?blobs=true" % (endpoint, repo, quote(model["revision"], "")), params, model)
     try:

@@ -115,23 +115,31 @@ def pip_settings(module):
     return dict((variable, value) for variable, value in environment.items() if variable not in os.environ)
 
 
-def last_words(text, count=6):
+def reason(text):
+    """The lines of uv's output that say what went wrong, as one."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " | ".join(lines[-count:])
+    told = [line for line in lines if line.startswith(("error:", "cause:"))]
+    return " ".join(told or lines[-1:]).rstrip(".")
 
 
 def install(module, params):
     """Makes the environment. Raises RuntimeError with one line that says why it could not."""
     path, uv = params["path"], params["uv"]
     cache = path + ".cache"  # on the same file system, so that files are linked into place and not copied
-    settings = dict(pip_settings(module), UV_CACHE_DIR=cache, UV_PYTHON_DOWNLOADS="never", UV_NO_PROGRESS="1")
+    settings = dict(
+        pip_settings(module),
+        UV_CACHE_DIR=cache,
+        UV_INDEX_STRATEGY="unsafe-best-match",  # pip's own: the best version of all configured indexes
+        UV_NO_PROGRESS="1",
+        UV_PYTHON_DOWNLOADS="never",
+    )
 
     def call(arguments, **extra):
         return module.run_command([uv] + arguments, environ_update=dict(settings, **extra))
 
     code, output, errors = call(["venv", "--python", params["python"], path])
     if code != 0:
-        raise RuntimeError("cannot make a virtual environment in %s: %s" % (path, last_words(output + errors)))
+        raise RuntimeError("cannot make a virtual environment in %s: %s" % (path, reason(output + errors)))
     python = os.path.join(path, "bin", "python")
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as overrides:
         overrides.write("".join("%s; sys_platform == 'never'\n" % name for name in params["without"]))
@@ -144,7 +152,7 @@ def install(module, params):
     if code != 0:
         raise RuntimeError(
             "cannot install %s (nothing is left of it): %s. Check the network, or name a package mirror in pip's "
-            "configuration on this host" % (", ".join(params["packages"]), last_words(output + errors))
+            "configuration on this host" % (", ".join(params["packages"]), reason(output + errors))
         )
 
 

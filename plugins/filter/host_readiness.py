@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+name: host_readiness
+short_description: Whether a host can take its planned services, from one look at it
+version_added: 0.1.0
+description:
+  - Compares the services of a host with what M(baremetal.vllm.host_probe) saw there, and picks the Python that vLLM's
+    environment is made with.
+positional: probe, settings
+options:
+  _input:
+    description: The services, as P(baremetal.vllm.host_services#filter) gives them.
+    type: list
+    elements: dict
+    required: true
+  probe:
+    description: Result of M(baremetal.vllm.host_probe), with the stamps of tools and environments among its RV(ignore:files).
+    type: dict
+    required: true
+  settings:
+    description:
+      - C(root) (where the environments lie), C(builds), C(tools) (what the tools' stamp must hold), C(tools_stamp), C(manager),
+        C(supervisor_dir) and C(may_install) (whether packages can be installed).
+    type: dict
+    required: true
+author:
+  - baremetal.vllm maintainers
+"""
+
+EXAMPLES = r"""
+- name: Judge the host
+  ansible.builtin.set_fact:
+    readiness: "{{ services | baremetal.vllm.host_readiness(probe, settings) }}"
+"""
+
+RETURN = r"""
+_value:
+  description:
+    - C(problems), one line each; C(python), the interpreter to use, empty where none is needed or none will do;
+      C(python_lacks_venv); and C(prepared), whether the tools are there.
+  type: dict
+"""
+
+from typing import Any
+
+STAMP = ".baremetal-complete.json"
+# A unix socket's address has 108 bytes (man 7 unix), and supervisor adds its process id to the name while it starts.
+SOCKET_PATH_MAX = 95
+
+
+def _minor(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _python(services: list[dict[str, Any]], probe: dict[str, Any], settings: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """(the first interpreter that every build accepts, what is wrong when there is none)."""
+    limits = [settings["builds"][service["device"]]["python"] for service in services] or [["3.9", "3.14"]]
+    low, high = max(_minor(low) for low, _ in limits), min(_minor(high) for _, high in limits)
+    for python in probe["pythons"]:
+        if low <= _minor(python["version"]) <= high:
+            return python, ""
+    seen = ", ".join(f"{python['path']} {python['version']}" for python in probe["pythons"]) or "no Python"
+    wanted = f"Python {low[0]}.{low[1]} to {high[0]}.{high[1]}"
+    return None, f"vLLM needs {wanted} and the host has {seen}: install one and give its path as vllm_python"
+
+
+def host_readiness(services: list[dict[str, Any]], probe: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    problems = []
+    builds = settings["builds"]
+    venvs = {service["venv"]["path"]: service["venv"]["device"] for service in services if service["venv"]}
+    missing = {path: device for path, device in venvs.items() if f"{path}/{STAMP}" not in probe["files"]}
+    tools_needed = bool(services) and (settings["manager"] == "supervisor" or bool(venvs))
+    prepared = not tools_needed or probe["files"].get(settings["tools_stamp"], "").strip() == settings["tools"]
+    python: dict[str, Any] | None = None
+    if missing or not prepared:
+        python, problem = _python([service for service in services if service["venv"]], probe, settings)
+        if problem:
+            problems.append(problem)
+        elif python and not python["venv"] and not settings["may_install"]:
+            problems.append(
+                f"{python['path']} cannot make virtual environments: install its venv module (Debian, Ubuntu: apt-get install "
+                "python3-venv)"
+            )
+    need = sum(builds[device]["disk_mib"] for device in missing.values())
+    free = probe["free_mib"][settings["root"]]
+    if free < need:
+        problems.append(
+            f"{settings['root']} has {free} MiB free and vLLM needs {need}: make room or set vllm_root to a larger disk"
+        )
+    for service in services:
+        listener = probe["listeners"].get(str(service["port"]))
+        # vLLM renames its process, so that the working folder is what tells it from others.
+        if listener and listener["cwd"] != service["state_dir"]:
+            who = f"{listener['command']} (pid {listener['pid']})" if listener["pid"] else "another user's process"
+            problems.append(
+                f"port {service['port']} of service {service['name']} is taken by {who}: stop it, or give the service another port"
+            )
+    if settings["manager"] == "supervisor" and len(settings["supervisor_dir"]) > SOCKET_PATH_MAX - len("/supervisor.sock"):
+        problems.append(f"{settings['supervisor_dir']} is too long for the address of a socket: set a shorter vllm_root")
+    return {
+        "problems": problems,
+        "prepared": prepared,
+        "python": python["path"] if python else "",
+        "python_lacks_venv": bool(python and not python["venv"]),
+    }
+
+
+class FilterModule:
+    def filters(self) -> dict[str, Any]:
+        return {"host_readiness": host_readiness}

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+name: plan_inputs
+short_description: What a plan needs, put together from the services of an inventory and the facts of its hosts
+version_added: 0.1.0
+description:
+  - Joins RV(vllm_services) with what M(baremetal.vllm.model_info) read of their models and M(baremetal.vllm.gpu_facts) of the
+    hosts, in the form that P(baremetal.vllm.vllm_plan#filter) takes. What the user wrote wins.
+  - A service whose model no host can read is left out; the preflight reports it.
+positional: hosts, gpu, models, runtime
+options:
+  _input:
+    description: RV(vllm_services).
+    type: list
+    elements: dict
+    required: true
+  hosts:
+    description: Names of the hosts.
+    type: list
+    elements: str
+    required: true
+  gpu:
+    description: For each host, the fact C(gpu).
+    type: list
+    elements: dict
+    required: true
+  models:
+    description: For each host, the RV(ignore:models) that M(baremetal.vllm.model_info) returned.
+    type: list
+    elements: dict
+    required: true
+  runtime:
+    description: Runtime of services that name none.
+    type: str
+    default: venv
+author:
+  - baremetal.vllm maintainers
+"""
+
+EXAMPLES = r"""
+- name: Plan
+  ansible.builtin.set_fact:
+    plan: "{{ inputs.services | baremetal.vllm.vllm_plan(inputs.hosts) }}"
+  vars:
+    inputs: "{{ vllm_services | baremetal.vllm.plan_inputs(ansible_play_hosts, gpu, models) }}"
+"""
+
+RETURN = r"""
+_value:
+  description: C(services) and C(hosts).
+  type: dict
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ansible.errors import AnsibleFilterError
+
+# A name becomes part of unit names, folders and shell words.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+BYTES_PER_GIB = 1024**3
+
+
+def check_names(services: Any) -> None:
+    """Raises AnsibleFilterError for services without a usable name of their own."""
+    if not isinstance(services, list) or not all(isinstance(service, Mapping) for service in services):
+        raise AnsibleFilterError(f"vllm_services is {services!r}: give a list of services, each with name and model")
+    names = [service.get("name") for service in services]
+    for number, name in enumerate(names):
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise AnsibleFilterError(
+                f"vllm_services[{number}].name is {name!r}: give up to 63 letters, digits, '_', '.' and '-'"
+            )
+        if names.index(name) != number:
+            raise AnsibleFilterError(
+                f"vllm_services[{number}].name is {name}, as of another service: names must differ"
+            )
+
+
+def plan_inputs(
+    services: list[dict[str, Any]],
+    hosts: list[str],
+    gpu: list[dict[str, Any]],
+    models: list[dict[str, Any]],
+    runtime: str = "venv",
+) -> dict[str, Any]:
+    check_names(services)
+    planned = []
+    for service in services:
+        readings = [found[service["name"]] for found in models if service["name"] in found]
+        info = next((reading for reading in readings if not reading["problem"]), None)
+        if info is None:
+            continue
+        name = info["model"].rstrip("/").rsplit("/", 1)[-1] if info["source"] == "path" else info["model"]
+        read = {"config": info["config"], "model_path": info["path"], "served_model_name": name, "runtime": runtime}
+        if info["weights_bytes"]:
+            read["weights_gib"] = info["weights_bytes"] / BYTES_PER_GIB
+        planned.append({**read, **service})
+    return {"services": planned, "hosts": [{**facts, "name": host} for host, facts in zip(hosts, gpu, strict=True)]}
+
+
+class FilterModule:
+    def filters(self) -> dict[str, Any]:
+        return {"plan_inputs": plan_inputs}
