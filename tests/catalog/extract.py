@@ -32,8 +32,11 @@ OPTION_FILES = (
     "vllm/entrypoints/cli/serve.py",
 )
 FRONTEND_CLASSES = {"BaseFrontendArgs", "FrontendArgs"}
-REGISTRIES = ("vllm/model_executor/models/registry.py", "vllm/model_executor/models/__init__.py",
-              "vllm/model_executor/model_loader.py")
+REGISTRIES = (
+    "vllm/model_executor/models/registry.py",
+    "vllm/model_executor/models/__init__.py",
+    "vllm/model_executor/model_loader.py",
+)
 
 
 def version_key(version: str) -> tuple[int, ...]:
@@ -55,21 +58,17 @@ def fields(tree: ast.Module, classes: set[str]) -> dict[str, ast.expr]:
     }
 
 
-def kind_of(call: ast.Call, engine_fields: dict[str, ast.expr], flag: str) -> str:
-    """``switch`` (no value), ``negatable`` (also --no-x) or ``value``."""
+def can_negate(call: ast.Call, engine_fields: dict[str, ast.expr]) -> bool:
+    """Whether --no-FLAG exists too. Options that are spelled out say so; others take it from their field's type."""
     keywords = {keyword.arg: keyword.value for keyword in call.keywords}
-    action = ast.unparse(keywords["action"]) if "action" in keywords else ""
-    if "BooleanOptionalAction" in action:
-        return "negatable"
-    if action in ("'store_true'", "'store_false'"):
-        return "switch"
-    if action or None not in keywords:  # every option is spelled out: no ** of a config class
-        return "value"
-    return "negatable" if is_bool(engine_fields.get(flag[2:].replace("-", "_"))) else "value"
+    if "action" in keywords:
+        return "BooleanOptionalAction" in ast.unparse(keywords["action"])
+    long = next((arg.value for arg in call.args if isinstance(arg, ast.Constant) and arg.value.startswith("--")), "--")
+    return None in keywords and is_bool(engine_fields.get(long[2:].replace("-", "_")))
 
 
-def options(root: Path) -> Iterator[tuple[str, str]]:
-    """(flag, kind) of every server option in one source tree."""
+def options(root: Path) -> Iterator[tuple[str, bool]]:
+    """(flag, whether --no-FLAG exists) of every server option in one source tree."""
     engine_fields: dict[str, ast.expr] = {}
     for name in OPTION_FILES:
         path = root / name
@@ -78,7 +77,7 @@ def options(root: Path) -> Iterator[tuple[str, str]]:
         tree = ast.parse(path.read_text())
         engine_fields |= fields(tree, {"EngineArgs", "AsyncEngineArgs"})
         for field, annotation in fields(tree, FRONTEND_CLASSES).items():
-            yield f"--{field.replace('_', '-')}", "negatable" if is_bool(annotation) else "value"
+            yield f"--{field.replace('_', '-')}", is_bool(annotation)
         for call in ast.walk(tree):
             if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
                 continue
@@ -87,7 +86,7 @@ def options(root: Path) -> Iterator[tuple[str, str]]:
             for arg in call.args:
                 if isinstance(arg, ast.Constant) and isinstance(arg.value, str) and arg.value.startswith("-"):
                     flag = arg.value if len(arg.value) < 3 or arg.value[1] != "-" else arg.value.replace("_", "-")
-                    yield flag, kind_of(call, engine_fields, flag)
+                    yield flag, can_negate(call, engine_fields)
 
 
 def architectures(root: Path) -> Iterator[str]:
@@ -125,8 +124,11 @@ def ranges(seen: set[str], versions: list[str]) -> dict[str, str]:
     row = {"first": have[0]}
     if have[-1] != versions[-1]:
         row["last"] = have[-1]
-    holes = [version for version in versions if version_key(have[0]) < version_key(version) < version_key(have[-1])
-             and version not in seen]
+    holes = [
+        version
+        for version in versions
+        if version_key(have[0]) < version_key(version) < version_key(have[-1]) and version not in seen
+    ]
     if holes:
         row["except"] = holes  # type: ignore[assignment]
     return row
@@ -146,12 +148,13 @@ def main(sources: Path) -> None:
     roots = {path.name: path for path in sources.iterdir() if (path / "vllm").is_dir()}
     versions = sorted(roots, key=version_key)
     flags: dict[str, set[str]] = defaultdict(set)
-    kinds: dict[str, dict[str, str]] = defaultdict(dict)
+    negatable: dict[str, set[str]] = defaultdict(set)
     models: dict[str, set[str]] = defaultdict(set)
     for version in versions:
-        for flag, kind in options(roots[version]):
+        for flag, negates in options(roots[version]):
             flags[flag].add(version)
-            kinds[flag][version] = kind
+            if negates:
+                negatable[flag].add(version)
         for name in architectures(roots[version]):
             models[name].add(version)
 
@@ -159,29 +162,37 @@ def main(sources: Path) -> None:
     table: dict[str, Any] = {}
     for flag, seen in flags.items():
         row: dict[str, Any] = ranges(seen, versions)
-        by_version = [(version, kinds[flag][version]) for version in versions if version in seen]
-        if by_version[-1][1] != "value":
-            row["switch"] = True
-        negatable = [version for version, kind in by_version if kind == "negatable"]
-        if negatable:
-            row["negatable"] = negatable[0]
+        if flag in negatable:
+            row["negatable"] = min(negatable[flag], key=version_key)
         row |= {key: old[flag][key] for key in ("replacement", "note") if key in old.get(flag, {})}
         table[flag] = row
-    dump("flags.yml", [
-        "# Options of vLLM's API server: the first and the last version that have them (no `last`: the newest has it).",
-        "# switch: takes no value. negatable: --no-FLAG exists from that version on. except: versions between that lack it.",
-        "# Source: arg_utils.py and cli_args.py of vLLM's source distributions, read by tests/catalog/extract.py;",
-        "# `replacement` and `note` are written by hand from vLLM's release notes and deprecation messages.",
-    ], versions, "flags", table)
+    dump(
+        "flags.yml",
+        [
+            "# Options of vLLM's API server: the first and the last version that have them (no `last`: the newest).",
+            "# negatable: --no-FLAG exists from that version on. except: versions between that lack the option.",
+            "# Source: arg_utils.py and cli_args.py of the source distributions, read by tests/catalog/extract.py;",
+            "# `replacement` and `note` are written by hand from vLLM's release notes and deprecation messages.",
+        ],
+        versions,
+        "flags",
+        table,
+    )
     rows = {name: ranges(seen, versions) for name, seen in models.items()}
     for name, last in withdrawn(roots[versions[-1]]).items():
         if name in rows:
             rows[name]["last"] = last
-    dump("architectures.yml", [
-        "# Model classes in vLLM's registry: the first and the last version that have them (the last as the newest registry",
-        "# says it, where it does: some stay listed a little longer than they work).",
-        "# Source: model_executor/models/registry.py of vLLM's source distributions, read by tests/catalog/extract.py.",
-    ], versions, "architectures", rows)
+    dump(
+        "architectures.yml",
+        [
+            "# Model classes in vLLM's registry: the first and the last version that have them (the last as the newest",
+            "# registry says it, where it does: some stay listed a little longer than they work).",
+            "# Source: model_executor/models/registry.py of the source distributions, read by tests/catalog/extract.py.",
+        ],
+        versions,
+        "architectures",
+        rows,
+    )
     print(f"{len(versions)} versions, {len(table)} flags, {len(models)} architectures")
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).with_name("catalog")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> dict[str, Any]:
     """One file of the catalog, such as ``load("gpus")``. The caller must not change what it gets."""
     with (FOLDER / f"{name}.yml").open(encoding="utf-8") as stream:

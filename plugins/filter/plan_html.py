@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Filter plan_html."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+name: plan_html
+short_description: Show a plan as one self-contained HTML page
+version_added: 0.1.0
+author: baremetal.vllm maintainers
+description:
+  - Show a plan as one self-contained HTML page, and for each service its flags, its command line and what decided.
+options:
+  _input:
+    description: What P(baremetal.vllm.vllm_plan#filter) returned.
+    type: dict
+    required: true
+"""
+
+EXAMPLES = r"""
+- name: Show the plan
+  ansible.builtin.copy:
+    content: "{{ vllm_services | baremetal.vllm.vllm_plan(hosts) | baremetal.vllm.plan_html }}"
+    dest: plan.html
+    mode: "0644"
+"""
+
+RETURN = r"""
+_value:
+  description: The plan for people.
+  type: str
+"""
+
+from typing import Any
+
+from ansible.errors import AnsibleFilterError
+
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.render import as_html
+
+
+def plan_html(plan: Any) -> str:
+    """Render what vllm_plan returned."""
+    if not isinstance(plan, dict) or not {"fits", "problems", "services", "gpus"} <= set(plan):
+        raise AnsibleFilterError(f"plan_html: the input is {type(plan).__name__}; give it what vllm_plan returned")
+    return as_html(plan)
+
+
+class FilterModule:
+    """The filter."""
+
+    def filters(self) -> dict[str, Any]:
+        return {"plan_html": plan_html}

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Engines without a GPU: weights and KV cache in RAM."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from . import engine as engines
+from .hardware import Host
+from .layout import MIB, SLACK, Layout, Task, usual_lengths
+from .settle import command_line, extra_arguments
+from .tables import load
+
+# Resident memory of an engine beside weights and KV cache: Python, torch and the API server.
+CPU_OVERHEAD_GIB = 2.0
+# A larger cache serves more requests than a CPU can: the rest is left to the page cache with the weight files.
+AMPLE_CACHE_GIB = 4
+CPU_SEQS = 64
+CPU_TOKENS = 2048
+
+
+def place_on_cpu(task: Task, layout: Layout, port: int) -> dict[str, Any] | None:
+    """One engine on the host with the most memory free, or on each host that the user named; None with a problem."""
+    service = task.service
+    engine = service.engine or engines.get(load("engines")["default_version"]["cpu"])
+    if problem := engines.architecture_problem(engine, service.shape.architecture):
+        task.problems.append(problem)
+        return None
+    for key, value in (("tensor", service.tp), ("pipeline", service.pp), ("data", service.dp)):
+        if value not in (None, 1):
+            task.problems.append(f"{key}_parallel_size is {value}: an engine on a CPU is planned with 1")
+    dtype = "bfloat16" if service.dtype == "auto" else service.dtype
+    hosts = [host for host in layout.allowed(service) if host.memory_total_mib]
+    if not hosts:
+        task.problems.append("no host says how much memory its CPU has (cpu.memory_total_mib)")
+        return None
+
+    def free(host: Host) -> float:
+        return host.memory_available_mib / MIB - layout.cpu_claims.get(host.name, 0.0)
+
+    chosen = hosts if service.hosts is not None else [max(hosts, key=lambda host: (free(host), -hosts.index(host)))]
+    element = 4 if dtype == "float32" else 2
+    weights = service.shape.parameters * element / 1024**3
+    per_token = 0 if service.pools else service.shape.kv_bytes_per_token(1, element)
+    least = min(free(host) for host in chosen)
+    room = (least - weights - CPU_OVERHEAD_GIB) * (1 - SLACK)
+
+    def space(length: int) -> int:
+        """VLLM_CPU_KVCACHE_SPACE, whole GiB."""
+        return max(1, math.ceil(per_token * length * service.min_concurrency / 1024**3))
+
+    lengths = [service.max_model_len] if service.max_model_len else usual_lengths(service)
+    length = next((length for length in lengths if space(length) <= room), None)
+    if length is None:
+        task.problems.append(
+            f"does not fit into the memory of {chosen[0].name}: {weights:.2f} GiB of weights + {CPU_OVERHEAD_GIB:.2f} "
+            f"GiB for the engine + {space(lengths[-1])} GiB of KV cache for {lengths[-1]} tokens, "
+            f"{least:.2f} GiB are available"
+        )
+        return None
+    cache = max(space(length), min(AMPLE_CACHE_GIB, int(room / 2))) if per_token else 1
+    total = weights + CPU_OVERHEAD_GIB + cache
+    for host in chosen:
+        layout.cpu_claims[host.name] = layout.cpu_claims.get(host.name, 0.0) + total
+    settings: dict[str, Any] = {
+        "port": port,
+        "dtype": dtype,
+        "max_model_len": length,
+        "max_num_seqs": service.max_num_seqs or CPU_SEQS,
+        "max_num_batched_tokens": service.max_num_batched_tokens or max(CPU_TOKENS, length if service.pools else 0),
+        "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "data_parallel_size": 1,
+        "enable_expert_parallel": False,
+        "gpu_memory_utilization": None,
+        "enforce_eager": False,
+        "executor": "uni",
+        "link": "none",
+        "engine_core": "V1",
+    }
+    image = service.image or f"vllm/vllm-openai-cpu:v{engine.version}-x86_64"
+    tokens = int(cache * 1024**3 / per_token) if per_token else 0
+    task.why += [
+        f"CPU: {'asked for' if service.device else 'no host has a GPU'}; vLLM {engine.version}, TP 1",
+        f"{weights:.2f} GiB of weights in {dtype}, {cache} GiB of KV cache, {CPU_OVERHEAD_GIB:g} GiB for the engine, "
+        f"of {least:.2f} GiB available",
+    ]
+    return {
+        **settings,
+        "hosts": [host.name for host in chosen],
+        "gpus": {},
+        "gpu_uuids": {},
+        "engine_version": engine.version,
+        "ray_in_image": False,
+        "command": engine.command(),
+        "image": image if service.runtime == "container" else None,
+        "env": {"VLLM_CPU_KVCACHE_SPACE": str(cache), **service.env},
+        "args": command_line(service, engine.version, settings, extra_arguments(task, engine.version)),
+        "memory": {
+            "requested_gib": round(total, 3),
+            "weights_gib": round(weights, 3),
+            "activation_gib": 0.0,
+            "non_torch_gib": CPU_OVERHEAD_GIB,
+            "cuda_graph_gib": 0.0,
+            "kv_cache_gib": float(cache if per_token else 0),
+            "kv_cache_tokens": tokens,
+            "max_concurrency": round(tokens / length, 2),
+            "fits": True,
+            "reason": f"{total:.2f} of {least:.2f} GiB of memory that are available",
+            "outside_gib": 0.0,
+            "footprint_gib": round(total, 3),
+        },
+    }

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""vLLM releases: image, CUDA, drivers, GPUs and model classes that they support, and the flags that they know.
+
+The facts are in catalog/engines.yml, flags.yml and architectures.yml; this module only compares with them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from typing import Any
+
+from .errors import PlanError
+from .tables import load
+
+Capability = tuple[int, int]
+GIB = 1024  # MiB
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """Sort key of a version: "0.8.5.post1" -> (0, 8, 5, 1). Numbers alone decide, as in all of vLLM's releases."""
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+def at_least(version: str, floor: str) -> bool:
+    """Whether ``version`` is ``floor`` or newer. Missing parts count as 0: "580" is older than "580.65.06"."""
+    return version_key(version) >= version_key(floor)
+
+
+def parse_capability(value: object, field: str = "compute_capability") -> Capability:
+    """ "8.6" -> (8, 6).
+
+    Raises:
+        PlanError: not of this form.
+    """
+    match = re.fullmatch(r"(\d{1,2})\.(\d)", str(value))
+    if not match:
+        raise PlanError(field, value, 'give it as nvidia-smi prints compute_cap, such as "8.6"')
+    return int(match[1]), int(match[2])
+
+
+def show(capability: Capability) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One vLLM release, as the row of engines.yml that lists it.
+
+    Attributes:
+        version: such as ``0.25.1``.
+        generation: ``V0`` or ``V1``: the core that it starts on GPUs of ``v0_below`` or better.
+        cuda: CUDA release of the image and of the wheel, ``13.0``.
+        capability: lowest compute capability that the build has code for.
+        ray: Ray comes with it.
+        entrypoint: ``serve`` (``vllm serve MODEL``) or ``api_server`` (``python3 -m ... --model MODEL``).
+        gpu_memory_utilization: the engine's own default.
+        executors: what ``--distributed-executor-backend`` can be. mp_nodes: ``mp`` spans hosts.
+    """
+
+    version: str
+    generation: str
+    cuda: str
+    capability: Capability
+    ray: bool
+    entrypoint: str
+    gpu_memory_utilization: float
+    batching: str
+    executors: tuple[str, ...]
+    mp_nodes: bool = False
+    cu129: bool = False
+    v0_below: Capability | None = None
+    counts_others: tuple[str, ...] = ()
+
+    def core(self, capability: Capability) -> str:
+        """``V0`` or ``V1``: the engine core that a GPU of this capability gets."""
+        return "V0" if self.v0_below and capability < self.v0_below else self.generation
+
+    def batch_defaults(self, memory_total_mib: float, gpu_name: str) -> tuple[int | None, int]:
+        """(max_num_batched_tokens, max_num_seqs) of the API server. None tokens: max_model_len, 2048 at least."""
+        for row in load("engines")["batching"][self.batching]:
+            if memory_total_mib >= row["min_gib"] * GIB and row.get("not_name", "\0") not in gpu_name.lower():
+                return row["tokens"], row["seqs"]
+        raise AssertionError(f"batching.{self.batching} of engines.yml has no row for every GPU")
+
+    def builds(self, container: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(tag suffix, row of the CUDA table) of each build, the default one first."""
+        table = load("engines")["cuda"]
+        yield "", table[self.cuda]
+        if self.cu129 and container:
+            yield "-cu129", table["12.9"]
+
+    def command(self) -> list[str]:
+        """What a virtual environment runs before the arguments; a container's image has it as its entrypoint."""
+        return (
+            ["vllm", "serve"] if self.entrypoint == "serve" else ["python3", "-m", "vllm.entrypoints.openai.api_server"]
+        )
+
+
+@cache
+def _engines() -> dict[str, Engine]:
+    engines = {}
+    for row in load("engines")["engines"]:
+        fields = {key: value for key, value in row.items() if key not in ("versions", "source")}
+        fields["capability"] = parse_capability(row["capability"])
+        fields["executors"] = tuple(row["executors"])
+        fields["counts_others"] = tuple(row.get("counts_others", ()))
+        if "v0_below" in row:
+            fields["v0_below"] = parse_capability(row["v0_below"])
+        for version in row["versions"]:
+            engines[str(version)] = Engine(version=str(version), **fields)
+    return engines
+
+
+def versions() -> list[str]:
+    """All releases of the catalog, oldest first."""
+    return sorted(_engines(), key=version_key)
+
+
+def get(version: object, field: str = "engine_version") -> Engine:
+    """The release of that number.
+
+    Raises:
+        PlanError: there is no such release in the catalog; the message names the nearest.
+    """
+    text = str(version).removeprefix("v")
+    engines = _engines()
+    if text in engines:
+        return engines[text]
+    near = get_close_matches(text, engines, n=3, cutoff=0.5)
+    hint = f"near: {', '.join(sorted(near, key=version_key))}; " if near else ""
+    raise PlanError(field, version, f"no such vLLM release is known ({hint}all: {versions()[0]} to {versions()[-1]})")
+
+
+def build_for(
+    engine: Engine, capability: Capability, driver: str | None, container: bool
+) -> tuple[str, list[str], list[str]]:
+    """Picks the build that a GPU and a driver can run.
+
+    Args:
+        driver: version of the installed driver, None when it is still to be installed (then any is possible).
+
+    Returns:
+        tag suffix ("" or "-cu129"), problems (empty when it runs), remarks.
+    """
+    problems = []
+    for full in (True, False):  # first a driver as new as the toolkit, then one that is merely compatible
+        for suffix, cuda in engine.builds(container):
+            floor = max(engine.capability, parse_capability(cuda["min_capability"]))
+            name = f"vLLM {engine.version}{suffix} (CUDA {'12.9' if suffix else engine.cuda})"
+            if not floor <= capability <= parse_capability(cuda["max_capability"]):
+                problem = f"{name} has no code for compute capability {show(capability)}: it needs {show(floor)}"
+                problem += f" to {cuda['max_capability']}"
+            elif driver is not None and not at_least(driver, cuda["own_driver" if full else "min_driver"]):
+                problem = f"{name} needs driver {cuda['min_driver']} or newer, the host has {driver}"
+            else:
+                remarks = []
+                if suffix and driver is not None:
+                    remarks.append(f"image with CUDA 12.9: driver {driver} is too old for CUDA {engine.cuda}")
+                if not full:
+                    remarks.append(
+                        f"driver {driver} is older than the {cuda['own_driver']} that its CUDA came with: it runs by "
+                        "minor-version compatibility, but code that is compiled at run time may be refused"
+                    )
+                return suffix, [], remarks
+            if not full and problem not in problems:
+                problems.append(problem)
+    return "", problems, []
+
+
+def architecture_problem(engine: Engine, architecture: str) -> str | None:
+    """Why the release cannot load a model class, or None (also for a class that no release lists: a plugin's)."""
+    row = load("architectures")["architectures"].get(architecture)
+    if row is None:
+        return None
+    if not at_least(engine.version, row["first"]):
+        return f"vLLM {engine.version} does not know {architecture}: it came with {row['first']}"
+    if "last" in row and version_key(engine.version) > version_key(row["last"]):
+        return f"vLLM {engine.version} has dropped {architecture}: {row['last']} is the last with it"
+    return None
+
+
+def quantization_problem(method: str | None, capability: Capability) -> str | None:
+    """Why a GPU cannot run weights of this quantization method, or None."""
+    floor = load("engines")["quantization"].get(method or "")
+    if floor is None or capability >= parse_capability(floor):
+        return None
+    return f"{method} weights need compute capability {floor}, the GPU has {show(capability)}"
+
+
+# ---------------------------------------------------------------------------------------------------------- flags
+
+
+def _row(flag: str) -> dict[str, Any] | None:
+    row: dict[str, Any] | None = load("flags")["flags"].get(flag)
+    return row
+
+
+def has_flag(version: str, flag: str) -> bool:
+    """Whether the release's API server knows ``--flag`` (``--no-flag`` counts where the release has that form)."""
+    row = _row(flag)
+    if row is None and flag.startswith("--no-"):
+        row = _row("--" + flag[5:])
+        return (
+            row is not None
+            and "negatable" in row
+            and at_least(version, row["negatable"])
+            and has_flag(version, "--" + flag[5:])
+        )
+    if row is None or not at_least(version, row["first"]):
+        return False
+    if "last" in row and version_key(version) > version_key(row["last"]):
+        return False
+    return version not in row.get("except", ())
+
+
+def flag_names(args: Sequence[str]) -> Iterator[str]:
+    """The flags among arguments, spelled as the catalog does: ``--max_model_len=4096`` -> ``--max-model-len``."""
+    for arg in args:
+        if arg.startswith("--"):
+            # --speculative-config.method is a part of --speculative-config
+            yield "--" + re.split(r"[=.]", arg[2:], maxsplit=1)[0].replace("_", "-")
+        elif re.match(r"-[A-Za-z]", arg):
+            name = arg.split("=", 1)[0]
+            yield name if _row(name) else name[:2]  # -O3 is -O with its value
+
+
+def flag_problem(version: str, flag: str) -> str | None:
+    """Why the release refuses a flag, with its replacement; None when it knows it."""
+    if has_flag(version, flag):
+        return None
+    row = _row(flag)
+    if row is None:
+        known = [name for name in load("flags")["flags"] if has_flag(version, name)]
+        near = get_close_matches(flag, known, n=1, cutoff=0.75)
+        return f"vLLM {version} has no {flag}" + (f"; did you mean {near[0]}?" if near else "")
+    if not at_least(version, row["first"]):
+        when = f"it came with {row['first']}"
+    else:
+        when = f"{row['last']} is the last with it" if "last" in row else "this release lacks it"
+    way_out = "; ".join(
+        part for part in (f"use {row['replacement']}" if "replacement" in row else "", row.get("note", "")) if part
+    )
+    return f"vLLM {version} has no {flag}: {when}" + (f"; {way_out}" if way_out else "; leave it out")
+
+
+def option(version: str, flag: str, value: object = True) -> list[str]:
+    """``[flag, value]`` or ``[flag]`` for True; empty for None, False and for flags that the release does not know."""
+    if value is None or value is False or not has_flag(version, flag):
+        return []
+    return [flag] if value is True else [flag, str(value)]

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Why a service cannot run on the hosts there are, with the arithmetic, and the nearest thing that can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from . import engine as engines
+from .engine import Engine
+from .hardware import Gpu
+from .layout import (
+    MIB,
+    Layout,
+    Need,
+    Place,
+    Shape,
+    Task,
+    batches,
+    by_kind,
+    eligible,
+    make_need,
+    memory_arguments,
+    usual_lengths,
+    valid_shapes,
+    valid_tp,
+)
+from .memory import engine_memory
+from .model import pp_problems, tp_problems
+from .service import Service
+
+# A refusal counts with this context when the user named none.
+SHORT_CONTEXT = 2048
+
+
+def refuse(task: Task, layout: Layout) -> list[str]:
+    """Why a service found no place, with the arithmetic, and the nearest thing that could run."""
+    service = task.service
+    hosts = layout.allowed(service)
+    groups = [group for host in hosts for group in by_kind(eligible(service, layout.places[host.name]))]
+    if not groups:
+        wanted = f" with index {', '.join(map(str, service.gpu_indices))}" if service.gpu_indices else ""
+        return [f"there is no GPU{wanted} on {', '.join(host.name for host in hosts)}"]
+    group = max(groups, key=lambda group: (len(group) * group[0].total, -group[0].gpu.index))
+    gpu, host = group[0].gpu, group[0].host
+    engine, _, problems, _ = layout.needs.engine(service, gpu, host.driver_version)
+    if engine is None:
+        return problems
+    valid = valid_tp(service, engine, bool(service.expert_parallel))
+    if service.tp and service.tp not in valid:
+        reasons = tp_problems(
+            service.shape,
+            service.tp,
+            engine_version=engine.version,
+            expert_parallel=bool(service.expert_parallel),
+            quantization=service.quantization,
+        )
+        ways = f"possible: {', '.join(map(str, valid))}"
+        if service.shape.experts and not service.expert_parallel:
+            ways += "; or expert parallel with data parallel over all GPUs (leave tensor_parallel_size out)"
+        return [f"{'; '.join(reasons)}. {ways[0].upper()}{ways[1:]}"]
+    if service.pp and (reasons := pp_problems(service.shape, service.pp, engine_version=engine.version)):
+        return reasons
+    total = sum(len(other) for other in groups if other[0].gpu.kind == gpu.kind)
+    asked = (service.tp or 1) * (service.pp or 1) * (service.dp or 1)
+    asked = max(asked, service.gpu_count or 0)
+    if asked > total:
+        return [
+            f"{asked} GPUs are asked for and {total} of one kind are there ({gpu.name}, {gpu.memory_total_mib} MiB)"
+        ]
+    return _too_little(service, group, engine, total)
+
+
+def _too_little(service: Service, group: Sequence[Place], engine: Engine, total: int) -> list[str]:
+    """The arithmetic of the layout that comes nearest, and what would help."""
+    gpu, host = group[0].gpu, group[0].host
+    count = 1 if gpu.mig else len(group)
+    link = host.link(place.gpu.index for place in group)
+    shapes = valid_shapes(service, engine, count, max(1, total // len(group)), link)
+    if not shapes:
+        possible = ", ".join(str(tp) for tp in valid_tp(service, engine) if tp <= count)
+        return [f"no layout of {count} GPUs is possible: TP can be {possible or 'none'}"]
+    shape = max(shapes, key=lambda shape: shape.world)
+    length = service.max_model_len or min(usual_lengths(service)[0], SHORT_CONTEXT)
+    tokens, seqs = list(batches(service, gpu, engine, length))[-1]
+    arguments = memory_arguments(service, gpu, engine, shape, service.enforce_eager is not False, tokens, seqs)
+    free = min(place.free for place in group)
+    memory = engine_memory(
+        service.shape,
+        gpu_memory_utilization=service.utilization or 1.0,
+        max_model_len=length,
+        gpu_memory_used_mib=max(0.0, group[0].total - free) * MIB,
+        **arguments,
+    )
+    reason = memory.reason
+    if memory.fits and memory.max_concurrency < service.min_concurrency:
+        reason = f"it holds {memory.max_concurrency:.2f} requests of {length} tokens, not {service.min_concurrency:g}"
+    taken = [f"{place.label}: {place.free:.2f} of {place.total:.2f} GiB are free" for place in group if not place.idle]
+    problem = f"does not fit on {gpu.name} with {words(shape)}: {reason}" + (f" ({'; '.join(taken)})" if taken else "")
+    return [problem, *_ways_out(service, gpu, engine, length, count, link)]
+
+
+def words(shape: Shape) -> str:
+    """ "TP 2 x PP 3"."""
+    text = f"TP {shape.tp}" + (f" x PP {shape.pp}" if shape.pp > 1 else "")
+    return text + (f" x DP {shape.dp} with experts spread" if shape.dp > 1 else "")
+
+
+def _ways_out(service: Service, gpu: Gpu, engine: Engine, length: int, count: int, link: str) -> list[str]:
+    """The nearest things that fit, each found with the same arithmetic on GPUs that nobody else uses."""
+
+    def find(other: Service, tokens: int, gpus: int = count, hosts: int = 1, graphs: bool = False) -> Need | None:
+        """The first layout of up to ``gpus`` GPUs a host that holds it."""
+        eager = [other.enforce_eager] if other.enforce_eager is not None else [False] if graphs else [False, True]
+        for choice in eager:
+            for shape in valid_shapes(other, engine, gpus, hosts, link):
+                for batch in batches(other, gpu, engine, tokens):
+                    if need := make_need(other, gpu, engine, "", tokens, *batch, shape, choice):
+                        return need
+        return None
+
+    ways = []
+    loose = replace(service, utilization=None, max_num_seqs=None, max_num_batched_tokens=None, enforce_eager=None)
+    free = replace(loose, tp=None, pp=None, dp=None, gpu_count=None, gpu_indices=None)
+    if need := find(loose, length):
+        ways.append(
+            f"with gpu_memory_utilization {need.utilization:g}, max_num_seqs {need.seqs} and enforce_eager "
+            f"{str(need.eager).lower()} it fits ({words(need.shape)})"
+        )
+    elif need := find(free, length):
+        ways.append(f"{words(need.shape)} fits on GPUs like these, with all of {need.shape.world} to itself")
+    for tokens in (tokens for tokens in usual_lengths(service) if tokens < length):
+        if need := find(service, tokens):
+            ways.append(f"max_model_len {tokens} fits ({words(need.shape)})")
+            break
+        if need := find(free, tokens):
+            ways.append(
+                f"max_model_len {tokens} fits with gpu_memory_utilization {need.utilization:g} ({words(need.shape)})"
+            )
+            break
+    if service.shape.quantization is None:
+        for method, label, share in (("fp8", "8 bits (FP8)", 0.5), ("awq", "4 bits (AWQ, GPTQ)", 0.28)):
+            weights = service.shape.parameters * 2 / 1024**3 * share
+            smaller = replace(free, shape=replace(service.shape, weights_gib=weights, cache={}))
+            if not engines.quantization_problem(method, gpu.capability) and find(smaller, length):
+                ways.append(f"weights of {label} fit on these GPUs")
+                break
+    need = find(free, length, max(count, 8), 4, graphs=True)
+    if need and need.shape.world > count:
+        ways.append(f"{need.shape.world} such GPUs hold it ({words(need.shape)})")
+    return ways or ["not even 32 such GPUs hold it: take GPUs with more memory, or a smaller model"]

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Final numbers, image, environment and command line of each server, and why they are so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import engine as engines
+from .layout import (
+    LINKS,
+    MIB,
+    SLACK,
+    Instance,
+    Layout,
+    Need,
+    Task,
+    batches,
+    dtype_for,
+    memory_arguments,
+    spreads_experts,
+    valid_tp,
+)
+from .memory import MemoryPlan, engine_memory
+from .model import tp_problems
+from .service import PLANNED_FLAGS, Service
+from .tables import load
+
+
+def _utilization(task: Task, instance: Instance, pools: Mapping[int, bool]) -> float:
+    """The need, and an equal part of what stays free on each of its GPUs, up to the engine's own default."""
+    need, service = instance.need, task.service
+    if service.utilization is not None or service.pools:
+        return need.utilization
+    extra = math.inf
+    for place in instance.places:
+        sharers = sum(not pools[id(claimant)] for claimant, _ in place.claims)
+        extra = min(extra, (place.free - SLACK * place.total) / sharers / need.visible)
+    wanted = min(need.engine.gpu_memory_utilization, need.utilization + extra)
+    return max(need.utilization, math.floor(wanted * 1000) / 1000)
+
+
+class _Server:
+    """Memory of one server at its final utilization, for the batches and contexts that are tried."""
+
+    def __init__(self, service: Service, instance: Instance, utilization: float) -> None:
+        self.service, self.need, self.utilization = service, instance.need, utilization
+        self.shape, self.gpu = instance.shape, instance.places[0].gpu
+        self.used = max(
+            place.used + sum(size for claimant, size in place.claims if claimant is not instance)
+            for place in instance.places
+        )
+        # Where prompts are not split, the batch must hold a whole one.
+        unsplit = self.need.engine.core(self.gpu.capability) == "V0" or service.pools
+        self.unsplit = unsplit and service.max_num_batched_tokens is None
+        self.tokens, self.seqs = next(
+            (
+                batch
+                for batch in batches(service, self.gpu, self.need.engine, self.need.max_model_len)
+                if self.holds(self.need.max_model_len, *batch)
+            ),
+            (self.need.tokens, self.need.seqs),
+        )
+
+    def memory(self, length: int, tokens: int, seqs: int) -> MemoryPlan:
+        arguments = memory_arguments(
+            self.service, self.gpu, self.need.engine, self.shape, self.need.eager, tokens, seqs
+        )
+        return engine_memory(
+            self.service.shape,
+            gpu_memory_utilization=self.utilization,
+            max_model_len=length,
+            gpu_memory_used_mib=self.used * MIB,
+            **arguments,
+        )
+
+    def holds(self, length: int, tokens: int, seqs: int) -> bool:
+        memory = self.memory(length, tokens, seqs)
+        return memory.fits and (self.service.pools or memory.max_concurrency + 1e-6 >= self.service.min_concurrency)
+
+    def tokens_for(self, length: int) -> int:
+        """max_num_batched_tokens for a context."""
+        return max(self.tokens, length) if self.unsplit else self.tokens
+
+    def longest(self) -> int:
+        """The longest context, up to the model's own, that leaves ``min_concurrency`` requests."""
+        low, high = self.need.max_model_len, max(self.service.shape.max_position, self.need.max_model_len)
+        if self.holds(high, self.tokens_for(high), self.seqs):
+            return high
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.holds(middle, self.tokens_for(middle), self.seqs):
+                low = middle
+            else:
+                high = middle
+        return low
+
+
+def _image(service: Service, need: Need) -> str | None:
+    if service.runtime != "container":
+        return None
+    return service.image or f"vllm/vllm-openai:v{need.engine.version}{need.tag}"
+
+
+def _executor(task: Task, instance: Instance) -> str:
+    """``uni`` (one GPU), ``mp`` or ``ray``."""
+    service, need = task.service, instance.need
+    if len(instance.hosts) > 1:
+        executor = service.executor or "ray"
+        if executor == "mp" and not need.engine.mp_nodes:
+            task.problems.append(
+                f"executor mp does not span hosts in vLLM {need.engine.version}: use ray, or a release from 0.11.1 on"
+            )
+        return executor
+    if service.executor:
+        if service.executor not in need.engine.executors:
+            task.problems.append(
+                f"vLLM {need.engine.version} has executor {', '.join(need.engine.executors)}, not {service.executor}"
+            )
+        return service.executor
+    return "uni" if instance.shape.tp * instance.shape.pp == 1 else need.engine.executors[0]
+
+
+def command_line(service: Service, version: str, settings: Mapping[str, Any], extra: Sequence[str]) -> list[str]:
+    """Arguments of the server after its entrypoint. Holds no flag that the release does not know."""
+
+    def option(flag: str, value: object = True) -> list[str]:
+        return engines.option(version, flag, value)
+
+    def above_one(key: str) -> int | None:
+        return settings[key] if settings[key] > 1 else None
+
+    tp, utilization = settings["tensor_parallel_size"], settings["gpu_memory_utilization"]
+    args = [service.model_path] if engines.get(version).entrypoint == "serve" else ["--model", service.model_path]
+    args += option("--served-model-name", service.served_model_name)
+    args += option("--port", settings["port"])
+    args += option("--dtype", settings["dtype"] if settings["dtype"] != "auto" else None)
+    args += option("--max-model-len", settings["max_model_len"])
+    args += option("--gpu-memory-utilization", None if utilization is None else f"{utilization:g}")
+    args += option("--max-num-seqs", settings["max_num_seqs"])
+    args += option("--max-num-batched-tokens", settings["max_num_batched_tokens"])
+    args += option("--tensor-parallel-size", above_one("tensor_parallel_size"))
+    args += option("--pipeline-parallel-size", above_one("pipeline_parallel_size"))
+    args += option("--data-parallel-size", above_one("data_parallel_size"))
+    args += option("--enable-expert-parallel", settings["enable_expert_parallel"])
+    if settings["executor"] == "ray":
+        args += option("--distributed-executor-backend", "ray") or option("--worker-use-ray")
+    args += option("--enforce-eager", settings["enforce_eager"])
+    args += option("--disable-custom-all-reduce", tp > 1 and settings["link"] != "nvlink")
+    args += option("--quantization", service.quantization)
+    args += option("--kv-cache-dtype", service.kv_cache_dtype if service.kv_cache_dtype != "auto" else None)
+    args += option("--trust-remote-code", service.trust_remote_code)
+    if service.pools:
+        purpose = "score" if "Classification" in service.shape.architecture else "embed"
+        args += option("--runner", "pooling") or option("--task", purpose)
+    # The V0 core splits prompts on its own above this, which Volta's kernels cannot do.
+    if settings["engine_core"] == "V0" and settings["max_model_len"] > 32768 and option("--enable-chunked-prefill"):
+        args.append("--enable-chunked-prefill=False")
+    return [*args, *extra]
+
+
+def extra_arguments(task: Task, version: str) -> list[str]:
+    """Flags that the model needs and that the user adds, checked against the release."""
+    service = task.service
+    mine = set(engines.flag_names(service.extra_args))
+    extra: list[str] = []
+    group: list[str] = []
+    groups: list[list[str]] = []
+    for arg in service.flags:
+        group = [arg] if arg.startswith("-") else [*group, arg]
+        if arg.startswith("-"):
+            groups.append(group)
+        else:
+            groups[-1] = group
+    for group in groups:
+        if group[0] in mine:
+            continue
+        if engines.has_flag(version, group[0]):
+            extra += group
+        else:
+            task.why.append(f"{group[0]} is left out: {engines.flag_problem(version, group[0])}")
+    for flag in engines.flag_names(service.extra_args):
+        if flag in PLANNED_FLAGS:
+            task.problems.append(
+                f"extra_args holds {flag}, which the plan decides: set {PLANNED_FLAGS[flag]} of the service instead"
+            )
+        elif problem := engines.flag_problem(version, flag):
+            task.problems.append(f"extra_args holds {flag}: {problem}")
+    return [*extra, *service.extra_args]
+
+
+def settle(task: Task, instance: Instance, pools: Mapping[int, bool], port: int) -> dict[str, Any]:
+    """The final numbers and the command line of one server."""
+    service, need = task.service, instance.need
+    gpu = instance.places[0].gpu
+    utilization = _utilization(task, instance, pools)
+    server = _Server(service, instance, utilization)
+    length = service.max_model_len or server.longest()
+    tokens = server.tokens_for(length)
+    memory = server.memory(length, tokens, server.seqs)
+    if not memory.fits:
+        task.problems.append(f"{instance.places[0].label}: {memory.reason}")
+    by_host = [(host, [place.gpu for place in instance.places if place.host is host]) for host in instance.hosts]
+    links = [host.link(gpu.index for gpu in gpus) for host, gpus in by_host]
+    core = need.engine.core(gpu.capability)
+    settings: dict[str, Any] = {
+        "port": port,
+        "dtype": dtype_for(service, gpu),
+        "max_model_len": length,
+        "max_num_seqs": server.seqs,
+        "max_num_batched_tokens": tokens,
+        "tensor_parallel_size": instance.shape.tp,
+        "pipeline_parallel_size": instance.shape.pp,
+        "data_parallel_size": instance.shape.dp,
+        "enable_expert_parallel": spreads_experts(service, instance.shape),
+        "gpu_memory_utilization": utilization,
+        "enforce_eager": need.eager,
+        "executor": _executor(task, instance),
+        "link": max(links, key=lambda name: LINKS[name]),
+        "engine_core": core,
+    }
+    args = command_line(service, need.engine.version, settings, extra_arguments(task, need.engine.version))
+    env = dict(service.env)
+    if core != need.engine.generation:
+        env.setdefault("VLLM_USE_V1", "0")
+    result = {
+        **settings,
+        "dtype": service.shape.dtype if settings["dtype"] == "auto" else settings["dtype"],
+        "hosts": [host.name for host, _ in by_host],
+        "gpus": {host.name: sorted({gpu.index for gpu in gpus}) for host, gpus in by_host},
+        "gpu_uuids": {host.name: [gpu.uuid for gpu in gpus] for host, gpus in by_host},
+        "engine_version": need.engine.version,
+        "ray_in_image": need.engine.ray,
+        "command": need.engine.command(),
+        "image": _image(service, need),
+        "env": env,
+        "args": args,
+        "memory": {
+            **memory.as_dict(),
+            "outside_gib": round(memory.outside_gib, 3),
+            "footprint_gib": round(memory.footprint_gib, 3),
+        },
+    }
+    if len(by_host) > 1 and settings["executor"] == "mp":
+        common = ["--nnodes", str(len(by_host)), "--master-addr", by_host[0][0].name]
+        result["node_args"] = {
+            host.name: [*args, *common, "--node-rank", str(rank), *(["--headless"] if rank else [])]
+            for rank, (host, _) in enumerate(by_host)
+        }
+    return result
+
+
+def explain(task: Task, layout: Layout, settled: Mapping[str, Any]) -> list[str]:
+    """One line for each decision of the plan of one service."""
+    service, instance = task.service, task.instances[0]
+    need, gpu, host = instance.need, instance.places[0].gpu, instance.places[0].host
+    why = [f"shape from {service.config_from} (confidence {service.shape.confidence})", *service.shape.notes]
+    why += layout.needs.engine(service, gpu, host.driver_version)[3]
+    if not service.engine and need.engine.version == load("engines")["default_version"]["cuda"]:
+        why.append(f"vLLM {need.engine.version}: the newest release whose memory was measured for this planner")
+    why += host.notes
+    if settled["engine_core"] == "V0" and need.engine.generation == "V1" and need.engine.v0_below:
+        floor = engines.show(need.engine.v0_below)
+        why.append(f"VLLM_USE_V1=0: the V1 core of {need.engine.version} needs compute capability {floor}")
+    if service.dtype == "auto" and gpu.capability < (8, 0):
+        why.append(f"float16: compute capability {engines.show(gpu.capability)} has no bfloat16")
+    why += _why_parallel(task, settled)
+    why += _why_memory(task, layout, settled)
+    kinds = {place.gpu.kind for place in layout.places[host.name]}
+    if len(kinds) > 1:
+        names = ", ".join(sorted(f"{kind[0]} of {kind[1]} MiB" for kind in kinds))
+        why.append(f"{host.name} has unlike GPUs ({names}): only equal ones work together, here {gpu.name}")
+    if len(task.instances) > 1:
+        names = ", ".join(host.name for item in task.instances for host in item.hosts)
+        why.append(f"{len(task.instances)} servers, on {names}")
+    return [*why, *task.why]
+
+
+def _why_parallel(task: Task, settled: Mapping[str, Any]) -> list[str]:
+    service, instance = task.service, task.instances[0]
+    need, host = instance.need, instance.places[0].host
+    tp, pp, dp = instance.shape
+    why = []
+    planned = service.tp is None and service.pp is None
+    if planned and tp * pp > 1:
+        for size in range(2, tp):
+            why += tp_problems(
+                service.shape, size, engine_version=need.engine.version, quantization=service.quantization
+            )[:1]
+        smaller = [size for size in valid_tp(service, need.engine) if size < min(tp * pp, need.shape.world)]
+        if smaller:
+            why.append(f"TP {smaller[-1]} does not hold the weights and a context of {need.max_model_len} tokens")
+    if pp > 1 and len(instance.hosts) > 1:
+        speed = f" ({host.network_mbps} Mb/s)" if host.network_mbps else ""
+        why.append(f"PP {pp}: TP inside a host, stages between hosts, which exchange far less{speed}")
+    elif pp > 1:
+        why.append(f"PP {pp}: stages exchange far less than TP ranks, and the GPUs' link is {settled['link']}")
+    elif tp > 1 and planned and settled["link"] != "nvlink":
+        why.append(f"TP {tp} before PP {tp} over {settled['link']}: a stage would wait while the others work")
+    if need.shape.dp > 1:
+        why.append(f"experts spread over {need.shape.world} GPUs: that is how their weights fit")
+    elif dp > 1 and service.dp is None:
+        why.append(f"{dp} replicas of TP {tp}: 4 of TP 1 were measured at 1.46 times the tokens of one TP 4")
+    if tp > 1 and settled["link"] != "nvlink":
+        why.append(f"custom all-reduce off: the GPUs' link is {settled['link']}, not NVLink")
+    if settled["executor"] == "ray" and not need.engine.ray:
+        why.append(f"vLLM {need.engine.version} comes without Ray: it has to be added")
+    return why
+
+
+def _why_memory(task: Task, layout: Layout, settled: Mapping[str, Any]) -> list[str]:
+    service, instance = task.service, task.instances[0]
+    need, gpu = instance.need, instance.places[0].gpu
+    why = [
+        f"{settled['memory']['weights_gib']:.2f} GiB of weights on a GPU of {need.visible:.2f} GiB that CUDA can use"
+    ]
+    length, own = settled["max_model_len"], service.shape.max_position
+    if service.max_model_len is None and length < own:
+        why.append(f"max_model_len {length}: the longest for {service.min_concurrency:g} request(s) at once, of {own}")
+    others = {
+        name_of(layout, claimant)
+        for place in instance.places
+        for claimant, _ in place.claims
+        if claimant is not instance
+    }
+    if others:
+        why.append(f"shares GPUs with {', '.join(sorted(others))}: what each claims adds up to what is free")
+    used = max(place.used for place in instance.places)
+    if used >= 0.5:
+        why.append(f"{used:.2f} GiB of a GPU are in use by others and left to them")
+    if need.eager and service.enforce_eager is None:
+        why.append("enforce_eager: a last resort, CUDA graphs found no room (2.3 to 2.9 times as slow at 8 requests)")
+    usual = need.engine.batch_defaults(gpu.memory_total_mib, gpu.name)[1]
+    if service.max_num_seqs is None and settled["max_num_seqs"] < usual:
+        why.append(f"max_num_seqs {settled['max_num_seqs']}, not {usual}: a smaller batch leaves memory for the cache")
+    return why
+
+
+def name_of(layout: Layout, instance: Instance) -> str:
+    return next(task.service.name for task in layout.tasks if any(item is instance for item in task.instances))

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The tables agree with themselves, with the extraction script, and with the real parser of an installed vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner import engine as engines
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.model import parse_config
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.tables import FOLDER, load, model_entry
+
+ROOT = Path(__file__).parents[5]
+ROWS = [(name, row) for name in ("gpus", "engines") for row in load(name)[name]]
+
+
+def real_python() -> str | None:
+    """An interpreter that has vLLM: BAREMETAL_VLLM_PYTHON, or that of the quickstart."""
+    named = os.environ.get("BAREMETAL_VLLM_PYTHON")
+    quickstart = ROOT / ".quickstart/venv/bin/python"
+    return named or (str(quickstart) if quickstart.exists() else None)
+
+
+needs_vllm = pytest.mark.skipif(
+    real_python() is None, reason="NO VLLM: the real parser was not asked. Name an interpreter in BAREMETAL_VLLM_PYTHON"
+)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yml")))
+def test_every_file_is_plain_yaml(name: str) -> None:
+    assert load(name) == yaml.safe_load((FOLDER / f"{name}.yml").read_text())
+
+
+def test_every_row_has_a_source() -> None:
+    for name, row in ROWS:
+        assert row["source"], (name, row)
+    for name, row in load("models")["models"].items():
+        assert row["source"], name
+    for name, row in load("engines")["cuda"].items():
+        assert row["source"], name
+
+
+def test_no_release_is_listed_twice_and_all_rows_agree_with_the_tables() -> None:
+    listed = [str(version) for row in load("engines")["engines"] for version in row["versions"]]
+    assert len(listed) == len(set(listed))
+    for row in load("engines")["engines"]:
+        assert row["cuda"] in load("engines")["cuda"]
+        assert row["batching"] in load("engines")["batching"]
+        assert set(row["executors"]) <= {"mp", "ray"}
+        assert row["generation"] in ("V0", "V1")
+        assert row["entrypoint"] in ("serve", "api_server")
+    # Every release whose flags were read can be planned for.
+    assert set(load("flags")["versions_read"]) <= set(listed)
+
+
+def test_replacements_are_flags_that_exist() -> None:
+    flags = load("flags")["flags"]
+    for name, row in flags.items():
+        if "replacement" in row:
+            assert row["replacement"].split()[0] in flags, name
+
+
+def test_gpu_names_do_not_clash() -> None:
+    names = [
+        re.sub(r"[\s_-]+", "", name).lower()
+        for row in load("gpus")["gpus"]
+        for name in (row["name"], *row.get("aliases", ()))
+    ]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", sorted(load("models")["models"]))
+def test_every_model_can_be_parsed_and_served_by_some_release(name: str) -> None:
+    row = load("models")["models"][name]
+    shape = parse_config(row["config"], weights_gib=row.get("weights_gib"))
+    assert shape.parameters > 0
+    able = [v for v in engines.versions() if not engines.architecture_problem(engines.get(v), shape.architecture)]
+    assert able, shape.architecture
+    for flag in engines.flag_names([str(flag) for flag in row.get("flags", ())]):
+        assert engines.has_flag(able[-1], flag), flag
+
+
+def test_a_model_is_found_by_its_id_its_path_and_another_publisher() -> None:
+    for name in (
+        "Qwen/Qwen2.5-14B",
+        "/Data/Qwen/Qwen2.5-14B",
+        "/Data/Qwen/Qwen2.5-14B/",
+        "qwen2.5-14b",
+        "me/QWEN2.5-14B",
+    ):
+        found = model_entry(name)
+        assert found and found[0] == "Qwen/Qwen2.5-14B", name
+    assert model_entry("Qwen/Qwen2.5-14B-GPTQ") is None
+
+
+REAL_OPTIONS = """
+import json
+from vllm import __version__
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+parser = make_arg_parser(FlexibleArgumentParser())
+options = {name: action.nargs for action in parser._actions for name in action.option_strings}
+print("OPTIONS", json.dumps([__version__, options]))
+"""
+
+
+@needs_vllm
+def test_flags_are_exactly_those_of_the_installed_vllm() -> None:
+    run = subprocess.run([str(real_python()), "-c", REAL_OPTIONS], capture_output=True, text=True, timeout=300)
+    line = next((line for line in run.stdout.splitlines() if line.startswith("OPTIONS ")), None)
+    assert line, run.stderr[-2000:]
+    version, options = json.loads(line.removeprefix("OPTIONS "))
+    version = version.split("+")[0]
+    real = {name for name in options if not name.startswith("--no-")} - {"-h", "--help"}
+    assert {name for name in load("flags")["flags"] if engines.has_flag(version, name)} == real
+    negated = {f"--{name[5:]}" for name in options if name.startswith("--no-")}
+    assert {name for name in real if engines.has_flag(version, f"--no-{name[2:]}")} == negated
