@@ -1,12 +1,52 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Where each GiB of one GPU goes when one vLLM engine starts on it."""
+"""Where each GiB of one GPU goes when one vLLM engine starts on it.
+
+vLLM takes ``utilization x total``, starts once with a dummy batch, and gives the KV cache what that left. This module
+computes the same terms from the tensors that are alive at each peak, instead of from constants for a model:
+docs/memory-model.md derives them. Sources: vLLM 0.24.0 and 0.25.1 (v1/worker/gpu_worker.py, gpu_model_runner.py,
+gpu/model_runner.py, sample/, v1/kv_cache_interface.py, v1/core/kv_cache_utils.py, fused_moe/) and allocation traces of
+those versions on an H200 (tests/benchmarks/truth).
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from .model import ModelShape
+from . import engine
+from .errors import PlanError
+from .model import DTYPE_BYTES, ENCODERS, GIB, MIB, ModelShape, kv_page, matrices, pp_layers, pp_problems, tp_problems
+
+KV_DTYPES = {"auto": 0.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "fp8_e4m3": 1.0, "fp8_e5m2": 1.0, "fp8_ds_mla": 1.0}
+BLOCK = 16  # tokens of a KV block
+
+# Memory of the CUDA libraries and of communication, GiB on each GPU. outside: taken before vLLM reads how much is free
+# (context, NCCL); inside: taken while it profiles, so part of the request. alone, tp: one GPU, tensor parallel;
+# pp: pipeline only. Sources: H200 rows in tests/benchmarks/truth; other GPUs: NCCL from aiconfigurator-core 0.12
+# (systems/*.yaml, 0.33 to 0.38), context from vllm-project/vllm#14447 and from a V100 out-of-memory message that shows
+# 0.45 with TP 2 (0.28 context, 0.17 NCCL).
+OUTSIDE = {"hopper": {"alone": 0.515, "tp": 1.53, "pp": 1.43}, "other": {"alone": 0.40, "tp": 0.75, "pp": 0.75}}
+INSIDE = {"alone": 0.225, "tp": 0.54, "pp": 0.065}
+INSIDE_GRAPHS = 0.01  # more kernels are loaded while graphs are profiled
+# V0 counts NCCL, and up to 0.6.2 the context too. On Hopper: vllm-project/vllm#10511; elsewhere #14447, #15598, V100.
+V0_INSIDE = {"hopper": {"alone": 1.79, "tp": 3.58}, "other": {"alone": 0.20, "tp": 0.45}}
+V0_CONTEXT = 0.28
+
+# cuBLAS workspace: PyTorch reserves 32 MiB on Hopper and newer, 8.1 MiB elsewhere; compiled code holds a second, larger
+# one on Hopper (60 MiB in every compiled trace).
+WORKSPACE = {"hopper": 32 * MIB, "other": int(8.125 * MIB)}
+COMPILED_WORKSPACE = {"hopper": 60 * MIB, "other": 0}
+
+# Models whose MLP drops its first product before the second (Python's name is bound again), so that one hidden state
+# fewer is alive. Source: model_executor/models/llama.py against qwen2.py.
+REBINDING = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "MixtralForCausalLM"})
+# Model runner V2 of 0.22 to 0.24: these classes; from 0.25 every dense decoder and these sparse ones.
+RUNNER_V2_FIRST = frozenset(
+    "Qwen3ForCausalLM DeepseekV2ForCausalLM Qwen2MoeForCausalLM GraniteMoeForCausalLM LlamaForCausalLM "
+    "MistralForCausalLM".split()
+)
+RUNNER_V2_SPARSE = frozenset("DeepseekV2ForCausalLM Qwen2MoeForCausalLM GraniteMoeForCausalLM".split())
 
 
 @dataclass(frozen=True)
@@ -16,17 +56,18 @@ class MemoryPlan:
     Attributes:
         requested_gib: utilization x memory that CUDA sees.
         weights_gib, activation_gib, non_torch_gib: what profiling takes from the request.
-        cuda_graph_gib: memory that CUDA graphs take once captured (only part of the request where the engine
-            subtracts it: see ``cuda_graph_counted_gib``).
-        kv_cache_gib: what is left for the KV cache (0 for models that have none).
+        cuda_graph_gib: memory that CUDA graphs take once captured (``cuda_graph_counted_gib`` of it comes from the
+            request, the rest from what is free beside it).
+        kv_cache_gib: what is left for the KV cache; negative when nothing is (0 for models that have none).
         kv_cache_tokens: tokens that the cache holds over all requests of one engine.
         max_concurrency: requests of max_model_len tokens that fit at once.
         fits: the engine starts.
         reason: one sentence: why it fits or what is missing, with the arithmetic.
         outside_gib: CUDA context and NCCL, outside the request, on the same GPU.
-        footprint_gib: what the GPU holds once the engine serves (request + outside + uncounted graphs).
+        footprint_gib: the most that the GPU holds once the engine serves (request, outside, uncounted graphs).
         kv_needed_gib: KV cache that one request of max_model_len tokens needs.
         largest_max_model_len: the longest context that this KV cache holds (0 when none; capped at the config's).
+        stage: pipeline stage that decides.
     """
 
     requested_gib: float
@@ -44,10 +85,409 @@ class MemoryPlan:
     cuda_graph_counted_gib: float
     kv_needed_gib: float
     largest_max_model_len: int
+    stage: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The ten keys of the filter ``vllm_memory``, sizes rounded to 3 digits."""
-        raise NotImplementedError
+        rounded = {
+            name: round(getattr(self, name), 3)
+            for name in (
+                "requested_gib",
+                "weights_gib",
+                "activation_gib",
+                "non_torch_gib",
+                "cuda_graph_gib",
+                "kv_cache_gib",
+            )
+        }
+        return {
+            **rounded,
+            "kv_cache_tokens": self.kv_cache_tokens,
+            "max_concurrency": round(self.max_concurrency, 2),
+            "fits": self.fits,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class _KvGroup:
+    """Layers that share one block table: ``kind``, ``window`` and tokens of a block."""
+
+    kind: str
+    window: int
+    block: int
+
+    def blocks(self, length: int, batched: int) -> int:
+        """Blocks that one request of ``length`` tokens holds."""
+        if self.kind == "state":
+            return 1
+        if self.kind == "sliding":  # the window may begin inside a block: one more
+            return -(-min(self.window - 1 + batched, length) // self.block) + 1
+        if self.kind == "chunked":
+            return -(-min(self.window + batched, length) // self.block)
+        return -(-length // self.block)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What one GPU of one pipeline stage holds; bytes, or bytes for each token of the batch (``*_token``)."""
+
+    weights: int
+    eager_token: int
+    compiled_token: int
+    moe_token: int
+    mla_row: int
+    hidden: int
+    embedding: int
+    first: bool
+    last: bool
+    block_bytes: int
+    groups: tuple[_KvGroup, ...]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a GPU holds, by split: computed once for a model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def allocated(size: int) -> int:
+    """Bytes that PyTorch counts for one tensor while vLLM loads weights.
+
+    vLLM loads with ``max_split_size_mb:20``: a tensor of 20 MiB or more gets whole segments of 2 MiB. Smaller ones
+    from 10 MiB on are cut from such a segment when more than 1 MiB of it would be left.
+    """
+    if size < 10 * MIB:
+        return -(-size // 512) * 512
+    segment = -(-size // (2 * MIB)) * 2 * MIB
+    return segment if size >= 20 * MIB or segment - size <= MIB else size
+
+
+def _weights(shape: ModelShape, tp: int, expert_split: int, layers: range, first: bool, last: bool, element: int) -> int:
+    quant = shape.quant
+    total = 0
+    for name, rows, cols, part in matrices(shape, tp, expert_split, layers, first, last):
+        quantized = (
+            quant is not None
+            and part != "plain"
+            and not (part == "attention" and quant.skip_attention)
+            and not (part == "dense" and quant.skip_dense)
+            and name != "kv_b"
+        )
+        if quant is None or not quantized:
+            total += allocated(rows * cols * element)
+            continue
+        if quant.method == "mxfp4" and part == "expert":
+            # The Hopper and Ampere kernel pads inputs to 256 and outputs to 128.
+            experts = shape.experts // expert_split
+            inner = -(-(rows // experts // 2) // 128) * 128 if name == "experts_up" else -(-cols // 128) * 128
+            width = -(-shape.hidden_size // 256) * 256
+            rows, cols = (experts * 2 * inner, width) if name == "experts_up" else (experts * width, inner)
+        total += allocated(int(rows * cols * quant.bits / 8))
+        if quant.block[0]:
+            scales = -(-rows // quant.block[0]) * -(-cols // quant.block[1])
+        else:
+            scales = rows * cols // quant.group if quant.group else rows
+        total += allocated(int(scales * quant.scale_bits / 8))
+        if quant.group and quant.zero_bits:
+            total += allocated(int(scales * quant.zero_bits / 8))
+    for index in layers:
+        a = shape.layers[index].attention
+        if a and a.kind == "mla":  # kv_b is kept, and taken apart once more for decoding
+            total += allocated(a.heads // tp * (a.nope_dim + a.v_dim) * a.latent * element)
+    total += allocated(shape.rotary_elements * element)
+    if first and shape.vision_parameters:
+        total += shape.vision_parameters * element // tp
+    return total
+
+
+def _disk_bytes(shape: ModelShape) -> int:
+    """Bytes of the checkpoint as this module sees it, to compare with the true size."""
+    plain = DTYPE_BYTES[shape.dtype]
+    extra = shape.rotary_elements * plain
+    return max(1, _weights(shape, 1, 1, range(shape.num_layers), True, True, plain) - extra)
+
+
+def _forward_token(shape: ModelShape, tp: int, expert_split: int, layers: range, element: int, compiled: bool) -> int:
+    """Bytes alive for each token of the batch at the peak of the forward pass, without what stays (MoE workspace)."""
+    hidden = shape.hidden_size
+    reduced = 1 if tp > 1 else 0  # an all-reduce writes a second copy of its input
+    worst = 0
+    for layer in {shape.layers[index] for index in layers}:
+        a, m = layer.attention, layer.mlp
+        if m and not m.experts:
+            inner = m.intermediate // tp
+            wide = (3 if m.gated else 2) * inner
+            if compiled:
+                size = (wide + (3 + reduced) * hidden) * element
+            elif shape.architecture in REBINDING:
+                size = max(wide + 3 * hidden, inner + (4 + reduced) * hidden) * element
+            else:
+                size = (wide + (4 + reduced) * hidden) * element
+            if shape.quant and shape.quant.activation_bits == 8 and not shape.quant.skip_dense:
+                size += inner  # the quantized input of the second product
+            worst = max(worst, size)
+        elif m:
+            shared = 3 * (m.shared_size // tp)
+            worst = max(worst, (shared + (5 + reduced) * hidden) * element)
+        if a and a.kind == "mla":
+            heads = a.heads // tp
+            size = heads * (a.head_dim + a.v_dim) + 2 * (a.latent + a.rope_dim) + 2 * hidden
+            worst = max(worst, size * element)
+        elif a and a.kind != "state":
+            queries, keys = a.heads // tp * a.head_dim, 2 * max(1, a.kv_heads // tp) * a.head_dim
+            worst = max(worst, (2 * queries + keys + queries + 2 * hidden) * element)
+    return worst
+
+
+def _moe_token(shape: ModelShape, tp: int, expert_split: int, layers: range, element: int) -> int:
+    """Bytes of the experts' two workspaces for each token. They stay allocated once grown.
+
+    Source: fused_moe/experts/triton_moe.py: (tokens, top_k, max(width, hidden)) before and after the activation.
+    """
+    worst = 0
+    for layer in {shape.layers[index] for index in layers}:
+        m = layer.mlp
+        if m and m.experts:
+            size = m.expert_size if expert_split > 1 else m.expert_size // tp
+            up = (2 if m.gated else 1) * size
+            worst = max(worst, m.top_k * (max(up, shape.hidden_size) + max(size, shape.hidden_size)) * element)
+    return worst
+
+
+def _kv_layout(shape: ModelShape, layers: range, tp: int, kv_bytes: float, state_bytes: int) -> tuple[int, tuple[_KvGroup, ...]]:
+    """(bytes of one block over all layers that share it, groups of layers with a block table each).
+
+    Layers of one kind share a table. Different kinds are cut into groups of equal size (the smallest kind's, or the
+    largest's when the sizes are within 1.5), and block i of every group lies in the same memory.
+    """
+    pages: dict[tuple[str, int, int], int] = {}
+    for index in layers:
+        a = shape.layers[index].attention
+        if a is None or a.kind == "encoder":
+            continue
+        if a.kind == "state":
+            size = int((a.state[0] * state_bytes + a.state[1] * state_bytes) / tp)
+            key = ("state", 0, size)
+        else:
+            key = (a.kind, a.window, kv_page(a, tp, kv_bytes))
+        pages[key] = pages.get(key, 0) + 1
+    if not pages:
+        return 0, ()
+    windows = {(kind, window) for kind, window, _ in pages}
+    if len(windows) == 1:
+        (kind, window) = next(iter(windows))
+        total = sum(size * count for (_, _, size), count in pages.items())
+        return (total if kind == "state" else total * BLOCK), (_KvGroup(kind, window, BLOCK),)
+    # All pages get the largest size: attention blocks grow in tokens until they hold a state.
+    attention = {size for kind, _, size in pages if kind != "state"}
+    state = max((size for kind, _, size in pages if kind == "state"), default=0)
+    largest = max(attention) if attention else 1
+    tokens = BLOCK * max(1, math.ceil(state / (largest * BLOCK)))
+    page = largest * tokens
+    counts = list(pages.values())
+    size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
+    groups: list[_KvGroup] = []
+    for (kind, window, bytes_token), count in pages.items():
+        block = tokens if kind == "state" else tokens * (largest // bytes_token)
+        groups += [_KvGroup(kind, window, block)] * -(-count // size)
+    return size * page, tuple(groups)
+
+
+def _stages(shape: ModelShape, tp: int, pp: int, expert_split: int, element: int, kv_bytes: float) -> tuple[_Stage, ...]:
+    key = ("stages", tp, pp, expert_split, element, kv_bytes)
+    if key in shape.cache:
+        return shape.cache[key]  # type: ignore[no-any-return]
+    stages = []
+    scale = shape.weights_gib * GIB / _disk_bytes(shape) if shape.weights_gib else 1.0
+    for number, layers in enumerate(pp_layers(shape.num_layers, pp)):
+        first, last = number == 0, number == pp - 1
+        block_bytes, groups = _kv_layout(shape, layers, tp, kv_bytes, element)
+        latent = next((a for a in (shape.layers[i].attention for i in layers) if a and a.kind == "mla"), None)
+        stages.append(
+            _Stage(
+                weights=int(_weights(shape, tp, expert_split, layers, first, last, element) * scale),
+                eager_token=_forward_token(shape, tp, expert_split, layers, element, False),
+                compiled_token=_forward_token(shape, tp, expert_split, layers, element, True),
+                moe_token=_moe_token(shape, tp, expert_split, layers, element),
+                mla_row=latent.heads // tp * (latent.nope_dim + latent.v_dim) * element if latent else 0,
+                hidden=shape.hidden_size * element,
+                embedding=-(-shape.vocab_size // 64) * 64 // tp * shape.hidden_size * element if first else 0,
+                first=first,
+                last=last,
+                block_bytes=block_bytes,
+                groups=groups,
+            )
+        )
+    shape.cache[key] = tuple(stages)
+    return shape.cache[key]  # type: ignore[no-any-return]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One engine
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """Facts of an engine version on a GPU that decide memory."""
+
+    v0: bool
+    counts_all: bool
+    runner_v2: bool
+    graphs_counted: bool
+    native_sort: bool
+    compile_peak: bool
+    chunked_above: int
+    family: str
+
+
+def _engine(shape: ModelShape, version: str, capability: tuple[int, int]) -> _Engine:
+    key = ("engine", version, capability)
+    if key not in shape.cache:
+        release = engine.get(version)
+        text = release.version
+
+        def since(floor: str) -> bool:
+            return engine.at_least(text, floor)
+
+        v0 = release.core(capability) == "V0"
+        dense = not shape.experts and not any(
+            layer.attention and layer.attention.kind == "state" for layer in shape.layers
+        )
+        runner_v2 = (
+            shape.kind == "generate"
+            and not v0
+            and (
+                since("0.33.0")
+                or (since("0.25.0") and (dense or shape.architecture in RUNNER_V2_SPARSE))
+                or (since("0.22.0") and shape.architecture in RUNNER_V2_FIRST)
+            )
+        )
+        shape.cache[key] = _Engine(
+            v0=v0,
+            counts_all=not since("0.6.3"),
+            runner_v2=runner_v2,
+            graphs_counted=since("0.20.0") and not runner_v2,
+            native_sort=v0 or not since("0.20.0"),
+            compile_peak=since("0.20.0"),
+            chunked_above=32768 if since("0.4.3") else 1 << 62,
+            family="hopper" if capability >= (9, 0) else "other",
+        )
+    return shape.cache[key]  # type: ignore[no-any-return]
+
+
+def visible_mib(total_mib: float, reserved_mib: float | None = None) -> float:
+    """Memory that CUDA sees: the total of nvidia-smi less what the driver keeps (``memory.reserved``).
+
+    Without a reading: 400 MiB and 0.15% of the total. That is 616 MiB on an H200 (its reading) and 435 on an A10
+    (PyTorch sees 22.06 GiB there).
+    """
+    return total_mib - (400 + 0.0015 * total_mib if reserved_mib is None else reserved_mib)
+
+
+def capture_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> tuple[int, int]:
+    """(sizes captured piece by piece, sizes captured whole for decoding) with the default settings.
+
+    1, 2, 4, then every 8 up to 248, then every 16 up to twice max_num_seqs or 512; whole graphs up to max_num_seqs.
+    """
+    top = min(2 * max_num_seqs, 512, max_num_batched_tokens)
+
+    def up_to(limit: int) -> int:
+        return sum(s <= limit for s in (1, 2, 4)) + max(0, min(limit, 248) // 8) + max(0, (limit - 240) // 16)
+
+    return up_to(top), up_to(min(top, max_num_seqs))
+
+
+def _graphs(shape: ModelShape, facts: _Engine, stage_layers: int, seqs: int, batched: int) -> tuple[float, float]:
+    """(GiB that the graphs take, GiB that the engine sets aside for them).
+
+    Calibrated, not derived: captures take what the driver takes for them. Rows of 0.24.0 and 0.25.1 on an H200: the
+    estimate is 0.35 for dense models whatever their size, 0.18 more with experts, 0.13 more with 4-bit kernels, for
+    86 graphs; what is taken in the end follows layers for runner V2.
+    """
+    pieces, whole = capture_sizes(seqs, batched)
+    share = (pieces + whole) / 86
+    sparse = 0.18 if shape.experts else 0.0
+    packed = 0.13 if shape.quant and shape.quant.marlin and shape.quant.bits == 4 and not shape.experts else 0.0
+    if facts.runner_v2:
+        return (0.16 + 0.0134 * stage_layers + 1.5 * sparse) * share**1.5, 0.0
+    estimate = (0.35 + sparse + packed) * share
+    return estimate * 1.25, estimate if facts.graphs_counted else 0.0
+
+
+def _sampler(shape: ModelShape, facts: _Engine, stage: _Stage, rows: int, batched: int, sms: int, element: int) -> int:
+    """Bytes at the peak of the sampler: logits of ``rows`` requests, in the model's dtype and in float32, and copies."""
+    vocab = shape.vocab_size
+    states = batched * stage.hidden + 2 * rows * stage.hidden
+    if facts.native_sort:
+        # Top-p by sorting: float32 copies, indices of 8 bytes and the sort's own buffers: 9.7 copies of 4 bytes.
+        # Source: eight H100 rows of llm-d-planner (vLLM 0.11) agree within 3%.
+        return int(9.7 * 4 * rows * vocab) + states
+    if facts.runner_v2:  # logits and a float32 copy, then Gumbel maxima of 1024 columns
+        return rows * vocab * (element + 4) + rows * -(-vocab // 1024) * 12 + states - rows * stage.hidden
+    # Logits, float32 copy, probabilities, noise; and the buffer of the Triton top-k kernel, a row for each SM.
+    programs = min(1 << max(0, min(sms, rows) - 1).bit_length(), sms) if rows >= 8 else 2 * rows
+    return rows * vocab * (element + 12) + programs * vocab * 4 + states + MIB
+
+
+# Streaming multiprocessors, by compute capability: only the height of a small buffer depends on them.
+_SMS = {(7, 0): 80, (7, 5): 40, (8, 0): 108, (8, 6): 72, (8, 9): 58, (9, 0): 132}
+
+
+def _activation(
+    shape: ModelShape, facts: _Engine, stage: _Stage, *, batched: int, seqs: int, length: int, eager: bool, sms: int,
+    element: int,
+) -> tuple[int, int]:  # fmt: skip
+    """(bytes at the highest peak of the profile run, bytes at the sampler's peak)."""
+    workspace = WORKSPACE[facts.family]
+    stays = stage.moe_token * batched
+    per_token = stage.eager_token if eager or facts.v0 else stage.compiled_token
+    forward = per_token * batched
+    low_precision = shape.quant is not None and shape.quant.activation_bits == 8 and not shape.experts
+    if not low_precision:
+        forward += workspace
+    if not eager and not facts.v0:
+        forward += COMPILED_WORKSPACE[facts.family] if not shape.experts else 0
+    if stage.mla_row:
+        # Room to expand the cached latents of a long prompt, allocated whole in the profile run.
+        expanded = max(min(max(8 * length, 4 * seqs * BLOCK), 64 * 1024), seqs * BLOCK)
+        forward += expanded * stage.mla_row
+    peak = forward + stays
+    if facts.compile_peak and not eager and stage.first and shape.kind == "generate":
+        # The first start compiles: the code generator times its kernels on tensors as large as the real ones, the
+        # embedding among them.
+        peak = max(peak, stage.embedding + 2 * batched * stage.hidden)
+    sampler = 0
+    if stage.last and shape.kind == "generate":
+        rows = min(seqs, batched)
+        sampler = _sampler(shape, facts, stage, rows, batched, sms, element) + workspace
+        if not facts.v0:
+            sampler += stays
+    return max(peak, sampler), sampler
+
+
+def _number(name: str, value: object, low: float, high: float, allowed: str, *, above: bool = False) -> float:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or not (low < value if above else low <= value) or not value <= high:  # type: ignore[operator]
+        raise PlanError(name, value, allowed)
+    return float(value)  # type: ignore[arg-type]
+
+
+def _whole(name: str, value: object, low: int = 1, high: int = 1 << 30) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise PlanError(name, value, f"give a whole number from {low} to {high}")
+    return value
+
+
+def _element_bytes(shape: ModelShape, dtype: str, capability: tuple[int, int]) -> tuple[int, str | None]:
+    """(bytes of an element of weights and activations, why the engine refuses the dtype)."""
+    if dtype == "auto":
+        return 2, None  # float32 checkpoints are loaded as 16 bits, bfloat16 ones as float16 where there is none
+    if dtype not in DTYPE_BYTES:
+        raise PlanError("dtype", dtype, f"one of auto, {', '.join(sorted(DTYPE_BYTES))} is allowed")
+    if dtype == "bfloat16" and capability < (8, 0):
+        return 2, f"bfloat16 needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}: use float16"
+    return DTYPE_BYTES[dtype], None
 
 
 def engine_memory(
@@ -65,13 +505,14 @@ def engine_memory(
     enforce_eager: bool = False,
     dtype: str = "auto",
     kv_cache_dtype: str = "auto",
-    quantization: str | None = None,
     gpu_memory_used_mib: float = 0,
     gpu_memory_reserved_mib: float | None = None,
     expert_parallel: bool = False,
     data_parallel_size: int = 1,
 ) -> MemoryPlan:
     """Memory of one engine on one GPU.
+
+    What ``--quantization`` will be belongs to the shape: give it to ``parse_config``.
 
     Args:
         gpu_memory_total_mib: total memory as ``nvidia-smi`` shows it.
@@ -82,17 +523,247 @@ def engine_memory(
     Raises:
         PlanError: an argument is out of range or not known (the message names it).
     """
-    raise NotImplementedError
+    total_mib = _number("gpu_memory_total_mib", gpu_memory_total_mib, 1024, 1 << 24, "a size in MiB, 1024 or more, is needed")
+    utilization = _number("gpu_memory_utilization", gpu_memory_utilization, 0, 1, "above 0 and up to 1 is allowed", above=True)
+    used_mib = _number("gpu_memory_used_mib", gpu_memory_used_mib, 0, total_mib, "from 0 to the GPU's total is allowed")
+    if gpu_memory_reserved_mib is not None:
+        _number("gpu_memory_reserved_mib", gpu_memory_reserved_mib, 0, total_mib / 2, "a size in MiB below half the total")
+    capability = engine.parse_capability(compute_capability)
+    tp = _whole("tensor_parallel_size", tensor_parallel_size, high=1024)
+    pp = _whole("pipeline_parallel_size", pipeline_parallel_size, high=1024)
+    dp = _whole("data_parallel_size", data_parallel_size, high=4096)
+    length = _whole("max_model_len", max_model_len)
+    batched = _whole("max_num_batched_tokens", max_num_batched_tokens)
+    seqs = _whole("max_num_seqs", max_num_seqs)
+    if not isinstance(enforce_eager, bool):
+        raise PlanError("enforce_eager", enforce_eager, "true or false is needed")
+    if kv_cache_dtype not in KV_DTYPES:
+        raise PlanError("kv_cache_dtype", kv_cache_dtype, f"one of {', '.join(KV_DTYPES)} is allowed")
+    facts = _engine(shape, engine_version, capability)
+    element, refused = _element_bytes(shape, dtype, capability)
+
+    total = visible_mib(total_mib, gpu_memory_reserved_mib) * MIB
+    requested = math.ceil(total * utilization)
+    problems = tp_problems(shape, tp, expert_parallel=expert_parallel, data_parallel_size=dp)
+    problems += pp_problems(shape, pp, engine_version=engine_version)
+    if refused:
+        problems.append(refused)
+    if length > shape.max_position:
+        problems.append(f"max_model_len {length} is more than the {shape.max_position} tokens of the model's config")
+    if batched < seqs and not facts.v0:
+        problems.append(f"max_num_batched_tokens {batched} is below max_num_seqs {seqs}")
+    if batched < length and shape.model_type in ENCODERS:
+        problems.append(
+            f"max_num_batched_tokens {batched} is below max_model_len {length}: an encoder reads a text in one piece"
+        )
+    if problems:
+        return _refusal(requested, problems)
+
+    world = "tp" if tp > 1 else "pp" if pp > 1 else "alone"
+    kv_bytes = KV_DTYPES[kv_cache_dtype] or element
+    expert_split = tp * dp if expert_parallel and shape.experts else 1
+    stages = _stages(shape, tp, pp, expert_split, element, kv_bytes)
+    if facts.v0 and batched < length <= facts.chunked_above:
+        batched = length  # V0 reads a prompt in one piece, and profiles with the longest
+    sms = _SMS.get(capability, 132)
+    if facts.v0:
+        inside = V0_INSIDE[facts.family]["alone" if world == "alone" else "tp"]
+        outside = V0_CONTEXT
+        if facts.counts_all:  # the whole GPU counts: context, and whatever others hold
+            inside, outside = inside + used_mib / 1024 + (V0_CONTEXT if world == "alone" else 0.0), 0.0
+    else:
+        outside = OUTSIDE[facts.family][world]
+        inside = INSIDE[world] + (0.0 if enforce_eager or facts.runner_v2 else INSIDE_GRAPHS)
+
+    free = total - used_mib * MIB - outside * GIB
+    worst: tuple[float, int, _Stage, int, int, float, float] | None = None
+    for number, stage in enumerate(stages):
+        peak, sampler = _activation(
+            shape, facts, stage, batched=batched, seqs=seqs, length=length, eager=enforce_eager, sms=sms, element=element
+        )
+        graphs = counted = 0.0
+        if not enforce_eager:
+            graphs, counted = _graphs(shape, facts, shape.num_layers // pp, seqs, batched)
+        available = requested - stage.weights - peak - (inside + counted) * GIB
+        blocks = available / stage.block_bytes if stage.block_bytes else available / (1 << 62)
+        if worst is None or blocks < worst[0]:
+            worst = (blocks, number, stage, peak, sampler, graphs, counted)
+    assert worst is not None
+    _, number, stage, peak, sampler, graphs, counted = worst
+    available = requested - stage.weights - peak - (inside + counted) * GIB
+    return _verdict(
+        shape, facts, stage, number=number, requested=requested, free=free, available=available, peak=peak,
+        sampler=sampler, graphs=graphs, counted=counted, inside=inside, outside=outside, length=length, batched=batched,
+        utilization=utilization, total=total,
+    )  # fmt: skip
 
 
-def largest_max_model_len(shape: ModelShape, *, limit: int | None = None, **engine: Any) -> int:
-    """The longest ``max_model_len`` with which the engine starts (``engine``: arguments of ``engine_memory`` without
-    max_model_len), at most ``limit`` (default: the config's maximum). 0 when none."""
-    raise NotImplementedError
+def _refusal(requested: int, problems: list[str]) -> MemoryPlan:
+    nothing = 0.0
+    return MemoryPlan(
+        requested_gib=requested / GIB, weights_gib=nothing, activation_gib=nothing, non_torch_gib=nothing,
+        cuda_graph_gib=nothing, kv_cache_gib=nothing, kv_cache_tokens=0, max_concurrency=nothing, fits=False,
+        reason="; ".join(problems), outside_gib=nothing, footprint_gib=nothing, cuda_graph_counted_gib=nothing,
+        kv_needed_gib=nothing, largest_max_model_len=0,
+    )  # fmt: skip
 
 
-def lowest_utilization(shape: ModelShape, *, concurrency: float = 1.0, **engine: Any) -> float | None:
-    """The lowest ``gpu_memory_utilization`` (rounded up to 0.001) that holds ``concurrency`` requests of max_model_len
-    tokens (``engine``: arguments of ``engine_memory`` without gpu_memory_utilization). None when even what is free
-    is too little."""
-    raise NotImplementedError
+def _need(stage: _Stage, length: int, batched: int) -> int:
+    return sum(group.blocks(length, batched) for group in stage.groups)
+
+
+def _longest(stage: _Stage, blocks: int, batched: int, limit: int) -> int:
+    """The longest context of which one request fits into ``blocks``."""
+    if _need(stage, limit, batched) <= blocks:
+        return limit
+    low, high = 0, limit  # fits, does not fit
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _need(stage, middle, batched) <= blocks:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _verdict(
+    shape: ModelShape, facts: _Engine, stage: _Stage, *, number: int, requested: float, free: float, available: float,
+    peak: int, sampler: int, graphs: float, counted: float, inside: float, outside: float, length: int, batched: int,
+    utilization: float, total: float,
+) -> MemoryPlan:  # fmt: skip
+    needs_cache = bool(stage.groups)
+    blocks = max(0, int(available // stage.block_bytes)) if needs_cache else 0
+    need = _need(stage, length, batched) if needs_cache else 0
+    concurrency = blocks / need if need else 0.0
+    tokens = int(concurrency * length) if len(stage.groups) > 1 or need and stage.groups[0].kind == "sliding" else blocks * BLOCK
+    uncounted = (graphs - counted) * GIB
+    # After the cache is allocated the graphs are captured and the sampler runs once more: both must fit into what the
+    # peak left and what is free beside the request.
+    late = uncounted + sampler - max(0.0, peak) - max(0.0, free - requested)
+    g = GIB
+    parts = (
+        f"{requested / g:.2f} GiB ({utilization:g} of {total / g:.2f}) - weights {stage.weights / g:.2f} - activations "
+        f"{peak / g:.2f} - libraries {inside:.2f}" + (f" - CUDA graphs {counted:.2f}" if counted else "")
+    )
+    longest = 0
+    if not needs_cache:
+        # Encoders keep no cache: nothing is profiled, and what they need must be free.
+        resident = stage.weights + peak + inside * g + graphs * g
+        fits = requested <= free and resident <= free
+        reason = (
+            f"weights {stage.weights / g:.2f} GiB and activations {peak / g:.2f} GiB, no KV cache"
+            if fits
+            else f"{max(requested, resident) / g:.2f} GiB are needed and {free / g:.2f} GiB are free"
+        )
+        longest = shape.max_position if fits else 0
+        tokens, concurrency, available = 0, float(max(1, batched // length)) if fits else 0.0, 0.0
+    else:
+        longest = _longest(stage, blocks, batched, shape.max_position)
+        if facts.v0 and facts.counts_all:
+            fits = True
+        else:
+            fits = requested <= free
+        if not fits:
+            reason = (
+                f"gpu_memory_utilization {utilization:g} asks for {requested / g:.2f} GiB and {max(0.0, free) / g:.2f} GiB "
+                f"are free at the start: at most {max(0.0, free / total):.3f}"
+            )
+        elif available <= 0 or blocks < 1:
+            fits = False
+            reason = f"no memory is left for the KV cache: {parts} = {available / g:.2f} GiB"
+        elif blocks < need:
+            fits = False
+            reason = (
+                f"one request of {length} tokens needs {need * stage.block_bytes / g:.2f} GiB of KV cache: {parts} = "
+                f"{available / g:.2f} GiB, enough for max_model_len {longest}"
+            )
+        elif late > 0 and not facts.v0:
+            fits = False
+            reason = (
+                f"the KV cache fits, but CUDA graphs ({graphs:.2f} GiB) come on top and lack {late / g:.2f} GiB: lower "
+                "gpu_memory_utilization or set enforce_eager"
+            )
+        else:
+            reason = f"{parts} = {available / g:.2f} GiB of KV cache for {tokens} tokens"
+    return MemoryPlan(
+        requested_gib=requested / g,
+        weights_gib=stage.weights / g,
+        activation_gib=peak / g,
+        non_torch_gib=inside,
+        cuda_graph_gib=graphs,
+        kv_cache_gib=available / g,
+        kv_cache_tokens=tokens,
+        max_concurrency=concurrency,
+        fits=fits,
+        reason=reason,
+        outside_gib=outside,
+        footprint_gib=requested / g + outside + max(0.0, uncounted) / g,
+        cuda_graph_counted_gib=counted,
+        kv_needed_gib=need * stage.block_bytes / g,
+        largest_max_model_len=longest,
+        stage=number,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the layout search asks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def largest_max_model_len(shape: ModelShape, *, limit: int | None = None, **arguments: Any) -> int:
+    """The longest ``max_model_len`` with which the engine starts, at most ``limit`` (default: the config's maximum).
+
+    Args:
+        arguments: those of ``engine_memory`` without max_model_len.
+
+    Returns:
+        tokens, 0 when no length is possible.
+    """
+    top = shape.max_position if limit is None else min(_whole("limit", limit), shape.max_position)
+    plan = engine_memory(shape, max_model_len=top, **arguments)
+    if plan.fits:
+        return top
+    guess = min(top, plan.largest_max_model_len)
+    # Usually the cache's own answer is right at once; lengths change the profile batch of V0 and the MLA buffer.
+    if guess and engine_memory(shape, max_model_len=guess, **arguments).fits:
+        if guess == top or not engine_memory(shape, max_model_len=min(top, guess + BLOCK), **arguments).fits:
+            return guess
+        low, high = guess, top
+    else:
+        low, high = 0, guess or top
+    while high - low > 1:
+        middle = (low + high) // 2
+        if engine_memory(shape, max_model_len=middle, **arguments).fits:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def lowest_utilization(shape: ModelShape, *, concurrency: float = 1.0, **arguments: Any) -> float | None:
+    """The lowest ``gpu_memory_utilization``, in steps of 0.001, that holds ``concurrency`` requests of max_model_len.
+
+    Args:
+        arguments: those of ``engine_memory`` without gpu_memory_utilization.
+
+    Returns:
+        the utilization, or None when even what is free is too little.
+    """
+    wanted = _number("concurrency", concurrency, 0, 1e9, "a number above 0 is needed", above=True)
+
+    def enough(thousandths: int) -> bool:
+        plan = engine_memory(shape, gpu_memory_utilization=thousandths / 1000, **arguments)
+        return plan.fits and (not plan.kv_needed_gib or plan.max_concurrency >= wanted)
+
+    # More utilization gives more cache until the GPU has no more: start from arithmetic, end with the real answer.
+    plan = engine_memory(shape, gpu_memory_utilization=1.0, **arguments)
+    if not plan.kv_needed_gib and not plan.weights_gib:
+        return None
+    spent = plan.requested_gib - plan.kv_cache_gib + wanted * plan.kv_needed_gib
+    if not plan.kv_needed_gib:
+        spent = plan.weights_gib + plan.activation_gib + plan.non_torch_gib + plan.cuda_graph_gib
+    start = math.ceil(spent / plan.requested_gib * 1000)
+    for thousandths in range(max(1, start - 1), min(1000, start + 4) + 1):
+        if enough(thousandths):
+            return thousandths / 1000
+    return None

@@ -3,17 +3,106 @@
 
 ``parse_config`` turns the file into a ``ModelShape``; ``tp_problems``, ``pp_problems`` and ``tp_sizes`` say how vLLM
 can split it. All sizes are counts of elements unless the name says bytes, MiB or GiB.
+
+Sources: vLLM 0.24.0 and 0.25.1 (model_executor/layers/linear.py, vocab_parallel_embedding.py, fused_moe,
+quantization, config/model.py, distributed/utils.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import PlanError
 
 Config = Mapping[str, Any]
+GIB = 1 << 30
+MIB = 1 << 20
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "half": 2, "float": 4, "float32": 4}
+
+# Families whose layers are the ones this module builds: weights measured to be within 1%.
+KNOWN = frozenset(
+    "llama qwen2 qwen3 mistral qwen2_moe qwen3_moe falcon phi3 gemma gemma2 gemma3_text gemma3 gpt_oss deepseek_v2 deepseek_v3 "
+    "xlm-roberta bert roberta mixtral baichuan internlm2 step3p5 granite olmo2".split()
+)
+# MLP of two matrices (up, down) instead of three.
+UNGATED = frozenset(
+    "falcon gpt2 gpt_neox gptj gpt_bigcode bloom opt mpt phi starcoder2 nemotron bert roberta xlm-roberta "
+    "modernbert nomic_bert distilbert".split()
+)
+# tie_word_embeddings where the config leaves it out: these families' own default (the others do not tie).
+TIED = frozenset("gemma gemma2 gemma3 gemma3_text falcon gpt2 bloom opt mpt cohere cohere2 gpt_bigcode phi3small".split())
+BIAS_QKV = frozenset("qwen2 qwen2_moe qwen2_vl qwen2_5_vl gpt_oss gpt2 opt bloom bert roberta xlm-roberta phi".split())
+ENCODERS = frozenset("bert roberta xlm-roberta modernbert nomic_bert distilbert camembert electra new".split())
+# Their position table has two rows more than positions (padding comes first).
+OFFSET_POSITIONS = frozenset("roberta xlm-roberta camembert".split())
+POOL_SUFFIXES = ("Model", "ForSequenceClassification", "ForRewardModel", "ForTokenClassification", "EmbeddingModel")
+SLIDING = frozenset({"sliding_attention", "sliding", "local_attention", "local", "swa"})
+CHUNKED = frozenset({"chunked_attention", "chunked"})
+STATEFUL = frozenset({"mamba", "mamba2", "linear_attention", "recurrent", "conv", "short_conv", "hybrid_mamba", "gdn"})
+FULL = frozenset({"full_attention", "attention", "full", "global", "global_attention"})
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention of one layer. ``kind``: full, sliding, chunked, mla, state (Mamba, linear attention) or encoder.
+
+    ``window``: tokens a sliding or chunked layer looks back. MLA: ``latent`` (kv_lora_rank), ``rope_dim``,
+    ``nope_dim``, ``q_rank`` (0: q is one matrix). State: ``state`` elements for one request over all heads (conv and
+    recurrent), ``projection``: elements of its matrices.
+    """
+
+    kind: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_dim: int
+    window: int = 0
+    latent: int = 0
+    rope_dim: int = 0
+    nope_dim: int = 0
+    q_rank: int = 0
+    bias: bool = False
+    state: tuple[int, int] = (0, 0)
+    projection: int = 0
+    state_heads: int = 0
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """MLP of one layer: dense (``experts`` 0) or experts of ``expert_size`` beside shared ones of ``shared_size``."""
+
+    intermediate: int
+    gated: bool
+    experts: int = 0
+    top_k: int = 0
+    expert_size: int = 0
+    shared_size: int = 0
+
+
+@dataclass(frozen=True)
+class Layer:
+    attention: Attention | None
+    mlp: Mlp | None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Weights of the quantized matrices: ``bits`` each, with scales of ``scale_bits`` for every ``group`` inputs
+    (0: one for each output) or for each block. ``skip_attention``, ``skip_experts``: those stay unquantized."""
+
+    method: str
+    bits: float
+    group: int = 0
+    scale_bits: float = 16
+    zero_bits: float = 0
+    block: tuple[int, int] = (0, 0)
+    activation_bits: int = 16
+    skip_attention: bool = False
+    skip_dense: bool = False
+    marlin: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,9 +119,11 @@ class ModelShape:
         max_position: largest context that the config allows, in tokens.
         dtype: dtype of the config (``bfloat16``, ``float16``, ``float32``).
         quantization: method of the checkpoint (``fp8``, ``gptq``, ``awq``, ``compressed-tensors`` ...) or None.
+        weights_gib: size of the weight files, when it was given.
         parameters: count of parameters.
         confidence: ``high`` (a family whose layers are known), ``medium`` (read by the general rules) or ``low``.
         notes: one line each: what was assumed.
+        layers: every layer in order.
     """
 
     architecture: str
@@ -57,11 +148,81 @@ class ModelShape:
     parameters: int
     confidence: str
     notes: tuple[str, ...] = ()
+    layers: tuple[Layer, ...] = field(default=(), repr=False)
+    quant: Quantization | None = None
+    position_rows: int = 0
+    rotary_elements: int = 0
+    vision_parameters: int = 0
     cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def has_kv_cache(self) -> bool:
+        return any(layer.attention and layer.attention.kind != "encoder" for layer in self.layers)
+
     def kv_bytes_per_token(self, tensor_parallel_size: int = 1, element_bytes: int = 2) -> int:
-        """Bytes of KV cache for one token of a long context on one GPU, summed over all layers."""
-        raise NotImplementedError
+        """Bytes of KV cache for one token of a long context on one GPU, summed over all layers that keep it."""
+        return sum(
+            kv_page(layer.attention, tensor_parallel_size, element_bytes)
+            for layer in self.layers
+            if layer.attention and layer.attention.kind not in ("encoder", "state")
+        )
+
+
+def kv_page(attention: Attention, tp: int, element_bytes: float) -> int:
+    """Bytes of one token in one layer's KV cache on one GPU."""
+    if attention.kind == "mla":  # one latent vector for all heads: every GPU holds all of it
+        return int((attention.latent + attention.rope_dim) * element_bytes)
+    return int(max(1, attention.kv_heads // tp) * (attention.head_dim + attention.v_dim) * element_bytes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading the config
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """Typed look-ups in a config under any of several names; wrong types and absurd values are refused by name."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def find(self, *names: str) -> tuple[str, Any]:
+        for name in names:
+            if self.config.get(name) is not None:
+                return name, self.config[name]
+        return names[0], None
+
+    def count(self, *names: str, default: int | None = None, low: int = 1, high: int = 1 << 31) -> int:
+        name, value = self.find(*names)
+        if value is None:
+            if default is None:
+                raise PlanError(
+                    f"config.{name}", None, "a model's config.json has it; is this the config of a language model?"
+                )
+            return default
+        if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value):
+            value = max(value)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise PlanError(f"config.{name}", value, f"a whole number from {low} to {high} is needed")
+        return value
+
+    def flag(self, *names: str, default: bool = False) -> bool:
+        value = self.find(*names)[1]
+        return default if value is None else bool(value)
+
+
+def _text_config(config: Config) -> tuple[Config, bool]:
+    """(the language model's part, whether there is another part beside it)."""
+    for name in ("text_config", "llm_config", "language_config"):
+        part = config.get(name)
+        if isinstance(part, Mapping) and part:
+            return {**{k: v for k, v in config.items() if not isinstance(v, Mapping)}, **part}, True
+    thinker = config.get("thinker_config")
+    if isinstance(thinker, Mapping) and isinstance(thinker.get("text_config"), Mapping):
+        return {**config, **thinker["text_config"]}, True
+    return config, isinstance(config.get("vision_config"), Mapping)
 
 
 def parse_config(
@@ -76,7 +237,7 @@ def parse_config(
 
     Args:
         config: the file as a mapping.
-        weights_gib: size of the weight files in GiB, when known; overrides what is computed from the shape.
+        weights_gib: size of the weight files in GiB, when known: weights are scaled to it.
         safetensors: sizes of the weight files in bytes by name (same use as ``weights_gib``).
         quantization: what ``--quantization`` will be, or None for what the checkpoint says.
         dtype: what ``--dtype`` will be.
@@ -84,7 +245,558 @@ def parse_config(
     Raises:
         PlanError: the mapping is not a model's config, or a field is absurd.
     """
-    raise NotImplementedError
+    if not isinstance(config, Mapping):
+        raise PlanError("config", config, "give the content of a model's config.json as a mapping")
+    if not config:
+        raise PlanError("config", config, "it is empty; give the content of a model's config.json")
+    text, multimodal = _text_config(config)
+    read = _Reader(text)
+    notes: list[str] = []
+    architectures = config.get("architectures")
+    if architectures is not None and (
+        isinstance(architectures, str)
+        or not isinstance(architectures, Sequence)
+        or not all(isinstance(a, str) for a in architectures)
+    ):
+        raise PlanError("config.architectures", architectures, "a list of class names is needed")
+    architecture = architectures[0] if architectures else ""
+    model_type = str(text.get("model_type") or config.get("model_type") or "")
+    if not architecture and not model_type:
+        raise PlanError("config.architectures", None, "a model's config.json names its class or its model_type")
+
+    hidden = read.count("hidden_size", "n_embd", "d_model", "dim", high=1 << 20)
+    num_layers = read.count("num_hidden_layers", "n_layer", "num_layers", "n_layers", high=2048)
+    heads = read.count("num_attention_heads", "n_head", "num_heads", "n_heads", high=4096)
+    vocab = read.count("vocab_size", "padded_vocab_size", high=1 << 24)
+    head_dim = read.count("head_dim", "attention_head_dim", "kv_channels", default=max(1, hidden // heads), high=4096)
+    if "head_dim" not in text and "kv_channels" not in text and hidden % heads and not text.get("kv_lora_rank"):
+        raise PlanError("config.num_attention_heads", heads, f"it must divide hidden_size {hidden}, or head_dim be given")
+    kv_heads = _kv_heads(read, model_type, heads)
+    ungated = model_type in UNGATED
+    intermediate = read.count(
+        "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "inner_dim", default=4 * hidden, high=1 << 24
+    )
+    layers = _layers(read, model_type, num_layers, heads, kv_heads, head_dim, hidden, intermediate, not ungated, notes)
+    encoder = model_type in ENCODERS
+    kind = "pool" if encoder or _pools(architecture) else "generate"
+    tied = read.flag("tie_word_embeddings", default=model_type in TIED)
+    quant = _quantization(config, text, quantization, notes)
+    known = model_type in KNOWN and not multimodal
+    confidence = "high" if known else "medium"
+    if not known:
+        label = architecture or model_type
+        notes.append(f"{label}: layers read by the general rules, not compared with a measurement")
+        if multimodal and weights_gib is None and safetensors is None:
+            notes.append("the part beside the text model is estimated; give weights_gib for the true size")
+    if not architecture:
+        notes.append(f"no architectures in the config: taken for a model of type {model_type}")
+        confidence = "low"
+    if any(layer.attention and layer.attention.kind == "state" for layer in layers) and confidence != "low":
+        notes.append("layers with a state instead of a KV cache are estimated")
+        confidence = "medium"
+
+    config_dtype = str(text.get("torch_dtype") or text.get("dtype") or config.get("torch_dtype") or "float16")
+    config_dtype = config_dtype.removeprefix("torch.")
+    if config_dtype not in DTYPE_BYTES:
+        raise PlanError("config.torch_dtype", config_dtype, f"one of {', '.join(sorted(DTYPE_BYTES))} is needed")
+    vision = _vision_parameters(config) if multimodal else 0
+    max_position = _max_position(read, text, model_type)
+    position_rows = read.count("max_position_embeddings", default=0, low=0) if encoder or model_type in ("gpt2", "opt") else 0
+    # One table of cosines and sines for all layers, at the length of the config.
+    rotary = 0 if position_rows else int(_rotary_positions(read, text) * head_dim * _partial(text))
+    if text.get("kv_lora_rank"):
+        rotary = _rotary_positions(read, text) * 2 * int(text.get("qk_rope_head_dim") or 64)
+    widest = max((layer.attention for layer in layers if layer.attention), key=lambda a: a.heads, default=None)
+    moe = next((layer.mlp for layer in layers if layer.mlp and layer.mlp.experts), None)
+    if safetensors is not None:
+        total = 0
+        for name, size in safetensors.items():
+            if isinstance(size, bool) or not isinstance(size, (int, float)) or size < 0:
+                raise PlanError(f"safetensors[{name}]", size, "a size in bytes, 0 or more, is needed")
+            total += int(size)
+        if weights_gib is None:
+            weights_gib = total / GIB
+    if weights_gib is not None and (
+        isinstance(weights_gib, bool) or not isinstance(weights_gib, (int, float)) or not 0 < weights_gib < 1e5
+    ):
+        raise PlanError("weights_gib", weights_gib, "a size in GiB above 0 is needed")
+    shape = ModelShape(
+        architecture=architecture,
+        model_type=model_type,
+        kind=kind,
+        num_layers=num_layers,
+        heads=widest.heads if widest else heads,
+        kv_heads=widest.kv_heads if widest else kv_heads,
+        head_dim=head_dim,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        vocab_size=vocab,
+        experts=moe.experts if moe else 0,
+        experts_per_token=moe.top_k if moe else 0,
+        max_position=max_position,
+        dtype=config_dtype,
+        quantization=quant.method if quant else None,
+        tie_word_embeddings=tied,
+        multimodal=multimodal,
+        trust_remote_code=bool(config.get("auto_map")),
+        weights_gib=weights_gib,
+        parameters=0,
+        confidence=confidence,
+        notes=tuple(notes),
+        layers=layers,
+        quant=quant,
+        position_rows=position_rows,
+        rotary_elements=rotary,
+        vision_parameters=vision,
+    )
+    parameters = sum(rows * cols for _, rows, cols, _ in matrices(shape, 1, 1, range(num_layers), True, True))
+    return replace(shape, parameters=parameters + vision, cache={})
+
+
+def _kv_heads(read: _Reader, model_type: str, heads: int) -> int:
+    if model_type == "falcon" or read.config.get("multi_query") is not None:
+        if read.flag("new_decoder_architecture"):
+            return read.count("num_kv_heads", "num_key_value_heads", default=heads)
+        if read.flag("multi_query", default=model_type == "falcon"):
+            return read.count("multi_query_group_num", "n_head_kv", default=1)
+        return heads
+    if model_type == "chatglm" and read.flag("multi_query_attention"):
+        return read.count("multi_query_group_num", default=heads)
+    kv = read.count("num_key_value_heads", "num_kv_heads", "num_attention_groups", "n_head_kv", default=heads, high=4096)
+    if heads % kv:
+        raise PlanError("config.num_key_value_heads", kv, f"it must divide the {heads} attention heads")
+    return kv
+
+
+def _pools(architecture: str) -> bool:
+    return architecture.endswith(POOL_SUFFIXES) and "ForCausalLM" not in architecture
+
+
+def _partial(text: Config) -> float:
+    rope = text.get("rope_parameters")
+    value = text.get("partial_rotary_factor") or (rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None)
+    return float(value) if isinstance(value, (int, float)) and 0 < value <= 1 else 1.0
+
+
+def _rope(text: Config) -> Mapping[str, Any]:
+    for name in ("rope_scaling", "rope_parameters"):
+        if isinstance(text.get(name), Mapping):
+            return dict(text[name])
+    return {}
+
+
+def _rotary_positions(read: _Reader, text: Config) -> int:
+    """Rows of the table of cosines: a yarn table is built for the stretched length."""
+    positions = read.count("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", default=2048)
+    rope = _rope(text)
+    if str(rope.get("rope_type", rope.get("type"))) in ("yarn", "deepseek_yarn"):
+        return int(float(rope.get("original_max_position_embeddings") or positions) * float(rope.get("factor") or 1))
+    return positions
+
+
+def _max_position(read: _Reader, text: Config, model_type: str) -> int:
+    limits = [
+        read.count(name, high=1 << 30)
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
+        if text.get(name) is not None
+    ]
+    limit = min(limits) if limits else 2048
+    if model_type in OFFSET_POSITIONS:
+        return max(1, limit - 2)
+    rope = _rope(text)
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
+    factor = rope.get("factor")
+    if isinstance(factor, (int, float)) and factor > 0 and kind not in ("default", "su", "longrope", "llama3", "mrope"):
+        original = rope.get("original_max_position_embeddings")
+        if kind in ("yarn", "deepseek_yarn") and isinstance(original, (int, float)):
+            return int(original * factor)
+        return int(limit * factor)
+    return limit
+
+
+def _kinds(read: _Reader, model_type: str, num_layers: int, notes: list[str]) -> list[str]:
+    """Kind of each layer's attention."""
+    text = read.config
+    if model_type in ENCODERS:
+        return ["encoder"] * num_layers
+    if text.get("kv_lora_rank"):
+        return ["mla"] * num_layers
+    types = text.get("layer_types") or text.get("layers_block_type")
+    if isinstance(types, Sequence) and not isinstance(types, str) and len(types) >= num_layers:
+        kinds = []
+        for item in types[:num_layers]:
+            name = str(item)
+            if name in SLIDING:
+                kinds.append("sliding")
+            elif name in CHUNKED:
+                kinds.append("chunked")
+            elif name in STATEFUL:
+                kinds.append("state")
+            elif name in ("mlp", "moe", "none"):
+                kinds.append("none")
+            else:
+                if name not in FULL:
+                    notes.append(f"layer type {name} is not known: planned as full attention")
+                kinds.append("full")
+        if "sliding" in kinds and not _window(read):
+            kinds = ["full" if kind == "sliding" else kind for kind in kinds]
+        return kinds
+    pattern = text.get("hybrid_override_pattern")
+    if isinstance(pattern, str) and len(pattern) >= num_layers:
+        return [{"M": "state", "*": "full"}.get(char, "none") for char in pattern[:num_layers]]
+    period = text.get("attn_layer_period")
+    if isinstance(period, int) and period > 0:
+        offset = read.count("attn_layer_offset", default=0, low=0)
+        return ["full" if index % period == offset else "state" for index in range(num_layers)]
+    indices = text.get("attn_layer_indices") or text.get("full_attn_idxs")
+    if isinstance(indices, Sequence) and not isinstance(indices, str):
+        return ["full" if index in indices else "state" for index in range(num_layers)]
+    interval = text.get("full_attention_interval")
+    if isinstance(interval, int) and interval > 0:
+        return ["full" if index % interval == interval - 1 else "state" for index in range(num_layers)]
+    if isinstance(text.get("attention_chunk_size"), int) and text.get("no_rope_layers") is not None:
+        chunked = text["no_rope_layers"] or [int((i + 1) % 4 != 0) for i in range(num_layers)]
+        return ["chunked" if chunked[index] else "full" for index in range(num_layers)]
+    if _window(read):
+        every = text.get("sliding_window_pattern") or text.get("_sliding_window_pattern")
+        if not every and model_type in ("gemma3_text", "gemma3"):
+            every = 6
+        if not every and model_type == "gemma2":
+            every = 2
+        if isinstance(every, int) and every > 1:
+            return ["full" if (index + 1) % every == 0 else "sliding" for index in range(num_layers)]
+        return ["sliding"] * num_layers
+    return ["full"] * num_layers
+
+
+def _window(read: _Reader) -> int:
+    text = read.config
+    window = text.get("sliding_window")
+    if isinstance(window, list):
+        window = next((item for item in window if item), None)
+    if isinstance(window, bool) or not isinstance(window, int) or window <= 0:
+        return 0
+    # Qwen2 and Qwen3 name a window and switch it off beside it.
+    return window if text.get("use_sliding_window", True) else 0
+
+
+def _layers(
+    read: _Reader,
+    model_type: str,
+    num_layers: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    hidden: int,
+    intermediate: int,
+    gated: bool,
+    notes: list[str],
+) -> tuple[Layer, ...]:
+    text = read.config
+    bias = read.flag("attention_bias", "qkv_bias", "add_qkv_bias", default=model_type in BIAS_QKV)
+    window = _window(read) or read.count("attention_chunk_size", default=0, low=0)
+    other = text.get("attention_other_setting")
+    attentions: dict[str, Attention | None] = {"none": None}
+
+    def attention(kind: str) -> Attention | None:
+        if kind in attentions:
+            return attentions[kind]
+        if kind == "mla":
+            nope = read.count("qk_nope_head_dim", default=128)
+            rope_dim = read.count("qk_rope_head_dim", default=64)
+            made = Attention(
+                "mla",
+                heads,
+                heads,
+                nope + rope_dim,
+                read.count("v_head_dim", default=nope),
+                latent=read.count("kv_lora_rank"),
+                rope_dim=rope_dim,
+                nope_dim=nope,
+                q_rank=read.count("q_lora_rank", default=0, low=0),
+            )
+        elif kind == "state":
+            made = _state_attention(read, hidden)
+        else:
+            made = Attention(kind, heads, kv_heads, head_dim, head_dim, bias=bias)
+            if kind in ("sliding", "chunked"):
+                made = replace(made, window=window)
+            if isinstance(other, Mapping) and kind in str(other.get("attention_type")):
+                groups = _Reader(other)
+                made = replace(
+                    made,
+                    heads=groups.count("num_attention_heads", default=heads),
+                    kv_heads=groups.count("num_attention_groups", default=kv_heads),
+                    head_dim=groups.count("head_dim", default=head_dim),
+                    v_dim=groups.count("head_dim", default=head_dim),
+                )
+        attentions[kind] = made
+        return made
+
+    dense = Mlp(intermediate, gated)
+    sparse, is_sparse = _experts(read, num_layers, intermediate, gated)
+    kinds = _kinds(read, model_type, num_layers, notes)
+    pattern = text.get("hybrid_override_pattern")
+    cache: dict[tuple[str, Mlp | None], Layer] = {}
+    layers = []
+    for index, kind in enumerate(kinds):
+        mlp: Mlp | None = sparse if sparse and is_sparse[index] else dense
+        if isinstance(pattern, str) and len(pattern) >= num_layers:
+            mlp = dense if pattern[index] == "-" else (sparse if pattern[index] == "E" else None)
+        layers.append(cache.setdefault((kind, mlp), Layer(attention(kind), mlp)))
+    return tuple(layers)
+
+
+def _state_attention(read: _Reader, hidden: int) -> Attention:
+    """Mamba-2, Mamba-1 and gated delta layers: the state that a request keeps, and the layer's matrices."""
+    text = read.config
+    if text.get("linear_num_value_heads"):
+        key_heads, value_heads = read.count("linear_num_key_heads"), read.count("linear_num_value_heads")
+        key_dim, value_dim = read.count("linear_key_head_dim", default=128), read.count("linear_value_head_dim", default=128)
+        keys, values = key_heads * key_dim, value_heads * value_dim
+        conv = (2 * keys + values) * (read.count("linear_conv_kernel_dim", default=4) - 1)
+        projection = hidden * (2 * keys + 2 * values + 2 * value_heads) + values * hidden
+        return Attention(
+            "state", key_heads, key_heads, key_dim, value_dim,
+            state=(conv, value_heads * key_dim * value_dim), projection=projection, state_heads=key_heads,
+        )  # fmt: skip
+    inner = read.count("mamba_d_ssm", "mamba_intermediate_size", default=0, low=0)
+    expand = read.find("mamba_expand", "expand")[1]
+    head_dim = read.count("mamba_d_head", "mamba_head_dim", default=64)
+    named = read.count("mamba_n_heads", "mamba_num_heads", default=0, low=0)
+    if not inner:
+        inner = named * head_dim if named else int(hidden * (expand if isinstance(expand, (int, float)) else 2))
+    state = read.count("mamba_d_state", "ssm_state_size", "state_size", default=16 if not named else 128)
+    width = read.count("mamba_d_conv", "conv_kernel", default=4)
+    if not named:  # Mamba-1
+        rank = read.count("mamba_dt_rank", default=math.ceil(hidden / 16)) if text.get("mamba_dt_rank") != "auto" else math.ceil(hidden / 16)
+        projection = hidden * 2 * inner + inner * (rank + 2 * state) + rank * inner + inner * hidden
+        return Attention("state", 1, 1, 1, 1, state=(inner * (width - 1), inner * state), projection=projection)
+    groups = read.count("mamba_n_groups", "n_groups", default=1)
+    conv_dim = inner + 2 * groups * state
+    projection = hidden * (inner + conv_dim + named) + inner * hidden
+    return Attention(
+        "state", named, named, head_dim, head_dim,
+        state=(conv_dim * (width - 1), named * head_dim * state), projection=projection, state_heads=named,
+    )  # fmt: skip
+
+
+def _experts(read: _Reader, num_layers: int, intermediate: int, gated: bool) -> tuple[Mlp | None, list[bool]]:
+    """(MLP of the sparse layers, which layers those are)."""
+    text = read.config
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    experts = read.count(*names, default=0, low=0, high=1 << 16)
+    if experts <= 1:
+        return None, [False] * num_layers
+    top_k = read.count("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k_experts", default=2)
+    if top_k > experts:
+        raise PlanError("config.num_experts_per_tok", top_k, f"there are {experts} experts")
+    size = read.count("moe_intermediate_size", "expert_intermediate_size", "expert_ffn_hidden_size", default=intermediate)
+    shared = read.count(
+        "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim",
+        default=0, low=0,
+    )  # fmt: skip
+    if not shared:
+        shared = size * read.count("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", default=0, low=0)
+    sparse = [True] * num_layers
+    enumerated = text.get("moe_layers_enum")
+    frequency = text.get("moe_layer_freq")
+    if isinstance(enumerated, str):
+        chosen = {int(part) for part in enumerated.split(",") if part.strip().isdigit()}
+        sparse = [index in chosen for index in range(num_layers)]
+    elif isinstance(frequency, (list, tuple)):
+        sparse = [bool(frequency[index]) if index < len(frequency) else True for index in range(num_layers)]
+    else:
+        first = read.count("first_k_dense_replace", "moe_layer_start_index", default=0, low=0)
+        step = read.count("decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step", "expert_layer_period", default=1)
+        offset = read.count("expert_layer_offset", default=step - 1, low=0)
+        dense = text.get("mlp_only_layers") or ()
+        sparse = [
+            index >= first and index not in dense and (step == 1 or index % step == offset) for index in range(num_layers)
+        ]
+    return Mlp(intermediate, gated, experts, top_k, size, shared), sparse
+
+
+def _vision_parameters(config: Config) -> int:
+    """Rough size of a vision tower: attention and MLP of each of its layers."""
+    part = config.get("vision_config")
+    if not isinstance(part, Mapping):
+        return 0
+    read = _Reader(part)
+    width = read.count("embed_dim", "width", "hidden_size", default=0, low=0)
+    depth = read.count("depth", "num_hidden_layers", "layers", default=0, low=0)
+    ratio = part.get("mlp_ratio")
+    inner = read.count("intermediate_size", default=int(width * (ratio if isinstance(ratio, (int, float)) else 4)), low=0)
+    return depth * (4 * width * width + 2 * width * inner)
+
+
+def _names_attention(items: object) -> bool:
+    return isinstance(items, Sequence) and any("attn" in str(item) or "attention" in str(item) for item in items)
+
+
+def _quantization(config: Config, text: Config, wanted: str | None, notes: list[str]) -> Quantization | None:
+    raw = config.get("quantization_config") or text.get("quantization_config") or config.get("compression_config")
+    if raw is not None and not isinstance(raw, Mapping):
+        raise PlanError("config.quantization_config", raw, "a mapping is needed")
+    if not raw:
+        if wanted in (None, "none", ""):
+            return None
+        if wanted in ("fp8", "fp8_per_tensor", "experts_int8"):  # quantized while it is loaded
+            return Quantization(str(wanted), 8, activation_bits=8, skip_attention=wanted == "experts_int8")
+        if wanted == "fp8_per_block":
+            return Quantization("fp8_per_block", 8, block=(128, 128), scale_bits=32, activation_bits=8)
+        if wanted == "bitsandbytes":
+            return Quantization("bitsandbytes", 4, group=64, scale_bits=8)
+        raise PlanError("quantization", wanted, "the checkpoint is not quantized: none, fp8 or bitsandbytes can be asked for")
+    method = str(raw.get("quant_method") or wanted or "").lower()
+    read = _Reader(raw)
+    skip = _names_attention(raw.get("modules_to_not_convert")) or _names_attention(raw.get("ignored_layers"))
+    if method in ("gptq", "gptq_marlin", "gptq_bitblas", "awq", "awq_marlin", "auto-round", "autoround"):
+        bits = read.count("bits", "w_bit", default=4, high=16)
+        if bits not in (2, 3, 4, 8):
+            raise PlanError("config.quantization_config.bits", bits, "2, 3, 4 or 8 are known")
+        group = read.count("group_size", "q_group_size", default=128, low=-1)
+        zero = method.startswith("awq") or not read.flag("sym", default=True)
+        return Quantization(method, bits, max(group, 0), 16, bits if zero else 0, skip_attention=skip, marlin=True)
+    if method == "fp8" or method == "fbgemm_fp8":
+        block = raw.get("weight_block_size")
+        if block is not None and not (
+            isinstance(block, Sequence) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)
+        ):
+            raise PlanError("config.quantization_config.weight_block_size", block, "two whole numbers are needed")
+        size = (int(block[0]), int(block[1])) if block else (0, 0)
+        return Quantization("fp8", 8, block=size, scale_bits=32, activation_bits=8, skip_attention=skip)
+    if method in ("compressed-tensors", "compressed_tensors"):
+        return _compressed_tensors(raw, notes)
+    if method == "mxfp4":
+        return Quantization("mxfp4", 4, 32, 8, skip_attention=True, skip_dense=True, marlin=True)
+    if method in ("modelopt", "modelopt_fp4", "nvfp4"):
+        algorithm = str(raw.get("quant_algo") or (raw.get("quantization") or {}).get("quant_algo") or "FP8").upper()
+        if "FP4" in algorithm:
+            return Quantization(method, 4, 16, 8, activation_bits=4, skip_attention=skip)
+        return Quantization(method, 8, activation_bits=8, skip_attention=skip)
+    if method == "bitsandbytes":
+        bits = 8 if read.flag("load_in_8bit", "_load_in_8bit") else 4
+        return Quantization(method, bits, 64 if bits == 4 else 0, 8 if bits == 4 else 16)
+    bits = read.count("bits", "w_bit", "num_bits", default=16, high=32)
+    notes.append(f"quantization method {method or 'without a name'} is not known: planned with {bits} bits a weight")
+    return Quantization(method or "unknown", bits)
+
+
+def _compressed_tensors(raw: Config, notes: list[str]) -> Quantization:
+    groups = raw.get("config_groups")
+    weights = None
+    inputs = None
+    if isinstance(groups, Mapping):
+        for group in groups.values():
+            if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping):
+                weights, inputs = group["weights"], group.get("input_activations")
+                break
+    if weights is None:
+        notes.append("compressed-tensors without config_groups: planned with 8 bits a weight")
+        return Quantization("compressed-tensors", 8)
+    read = _Reader(weights)
+    bits = read.count("num_bits", default=8, high=16)
+    group_size = read.count("group_size", default=0, low=-1) if weights.get("strategy") in ("group", "tensor_group") else 0
+    block = weights.get("block_structure")
+    size = (0, 0)
+    if weights.get("strategy") == "block" and isinstance(block, Sequence) and len(block) == 2:
+        size = (int(block[0]), int(block[1]))
+    activation = _Reader(inputs).count("num_bits", default=8) if isinstance(inputs, Mapping) else 16
+    return Quantization(
+        "compressed-tensors", bits, max(group_size, 0), 8 if bits == 4 and weights.get("type") == "float" else 16,
+        0 if weights.get("symmetric", True) else bits, size, activation, _names_attention(raw.get("ignore")),
+        marlin=activation == 16,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Matrices on one GPU
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def padded_vocab(vocab: int) -> int:
+    """Rows of the embedding: vLLM pads to 64 and splits the padded rows."""
+    return -(-vocab // 64) * 64
+
+
+def matrices(
+    shape: ModelShape, tp: int, expert_split: int, indices: range, first: bool, last: bool
+) -> Iterator[tuple[str, int, int, str]]:
+    """(name, rows, columns, part) of each tensor on one GPU, as vLLM fuses them.
+
+    Args:
+        expert_split: GPUs over which the experts are dealt whole (expert parallelism), 1: their matrices are sliced.
+        indices: layers of this pipeline stage. first, last: the stage holds the embedding, the output.
+
+    ``part`` says what quantization does with it: attention, dense, expert or plain (never quantized).
+    """
+    hidden = shape.hidden_size
+    vocab = padded_vocab(shape.vocab_size) // tp
+    if first or (last and shape.tie_word_embeddings):
+        yield "embed", vocab, hidden, "plain"
+    if first and shape.position_rows:
+        yield "positions", shape.position_rows, hidden, "plain"
+    if last and not shape.tie_word_embeddings and shape.kind == "generate":
+        yield "lm_head", vocab, hidden, "plain"
+    for index in indices:
+        layer = shape.layers[index]
+        if layer.attention:
+            yield from _attention_matrices(layer.attention, hidden, tp)
+        if layer.mlp:
+            yield from _mlp_matrices(layer.mlp, hidden, tp, expert_split)
+        yield "norms", 2, hidden, "plain"
+    if last and shape.kind == "pool" and "Classification" in shape.architecture:
+        yield "classifier", hidden, hidden, "plain"
+
+
+def _attention_matrices(a: Attention, hidden: int, tp: int) -> Iterator[tuple[str, int, int, str]]:
+    if a.kind == "state":
+        yield "in_proj", a.projection // hidden // tp, hidden, "attention"
+        return
+    heads = a.heads // tp
+    if a.kind == "mla":
+        if a.q_rank:
+            yield "qkv_a", a.q_rank + a.latent + a.rope_dim, hidden, "attention"
+            yield "q_b", heads * a.head_dim, a.q_rank, "attention"
+        else:
+            yield "q", heads * a.head_dim, hidden, "attention"
+            yield "kv_a", a.latent + a.rope_dim, hidden, "attention"
+        yield "kv_b", heads * (a.nope_dim + a.v_dim), a.latent, "attention"
+        yield "o", hidden, heads * a.v_dim, "attention"
+        return
+    kv_heads = max(1, a.kv_heads // tp)
+    yield "qkv", heads * a.head_dim + kv_heads * (a.head_dim + a.v_dim), hidden, "attention"
+    if a.bias:
+        yield "qkv_bias", heads * a.head_dim + kv_heads * (a.head_dim + a.v_dim), 1, "plain"
+    yield "o", hidden, heads * a.v_dim, "attention"
+
+
+def _mlp_matrices(m: Mlp, hidden: int, tp: int, expert_split: int) -> Iterator[tuple[str, int, int, str]]:
+    up = 2 if m.gated else 1
+    if not m.experts:
+        yield "up", up * m.intermediate // tp, hidden, "dense"
+        yield "down", hidden, m.intermediate // tp, "dense"
+        return
+    local = -(-m.experts // expert_split)
+    size = m.expert_size if expert_split > 1 else m.expert_size // tp
+    yield "experts_up", local * up * size, hidden, "expert"
+    yield "experts_down", local * hidden, size, "expert"
+    yield "router", m.experts, hidden, "plain"
+    if m.shared_size:
+        yield "shared_up", up * m.shared_size // tp, hidden, "dense"
+        yield "shared_down", hidden, m.shared_size // tp, "dense"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How it can be split
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _positive(field_name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PlanError(field_name, value, "give a whole number of at least 1")
+    return value
 
 
 def tp_problems(
@@ -93,20 +805,117 @@ def tp_problems(
     *,
     engine_version: str | None = None,
     expert_parallel: bool = False,
-    quantization: str | None = None,
+    data_parallel_size: int = 1,
 ) -> list[str]:
-    """Reasons why ``tp`` is not possible, such as ``TP 3 is not possible: 40 attention heads``. Empty when it is."""
-    raise NotImplementedError
+    """Reasons why ``tp`` is not possible, such as ``TP 3 is not possible: 40 attention heads``. Empty when it is.
+
+    With ``expert_parallel`` whole experts are dealt over ``tp * data_parallel_size`` GPUs instead of being sliced.
+
+    Raises:
+        PlanError: ``tp`` is not a whole number above 0.
+    """
+    _positive("tensor_parallel_size", tp)
+    if tp == 1 and not expert_parallel:
+        return []
+    key = ("tp", tp, expert_parallel, data_parallel_size)
+    if key not in shape.cache:
+        why = dict.fromkeys(_split_problems(shape, tp, expert_parallel, data_parallel_size))
+        shape.cache[key] = [f"TP {tp} is not possible: {reason}" for reason in why]
+    return list(shape.cache[key])
+
+
+def _split_problems(shape: ModelShape, tp: int, expert_parallel: bool, dp: int) -> Iterator[str]:
+    if padded_vocab(shape.vocab_size) % tp:
+        yield f"vocabulary of {shape.vocab_size}, padded to {padded_vocab(shape.vocab_size)}"
+    for layer in dict.fromkeys(shape.layers):
+        a, m = layer.attention, layer.mlp
+        if a and a.kind == "state":
+            if (a.state_heads or a.projection) % tp:
+                yield f"{a.state_heads} heads of the layers with a state"
+        elif a:
+            if a.heads % tp:
+                yield f"{a.heads} attention heads"
+            elif a.kind != "mla" and (a.kv_heads % tp if a.kv_heads >= tp else tp % a.kv_heads):
+                yield f"{a.kv_heads} KV heads can neither be divided nor repeated"
+            elif shape.quant and not shape.quant.skip_attention:
+                yield from _row_problems(shape.quant, "o_proj", a.heads * a.v_dim, tp)
+        if m and not m.experts:
+            yield from _slice_problems(shape, "intermediate size", m.intermediate, tp, shape.quant)
+        if m and m.experts:
+            if expert_parallel:
+                if m.experts % (tp * dp):
+                    yield f"{m.experts} experts cannot be dealt evenly over {tp * dp} GPUs"
+            else:
+                yield from _slice_problems(shape, "expert intermediate size", m.expert_size, tp, shape.quant, True)
+            if m.shared_size:
+                yield from _slice_problems(shape, "shared expert intermediate size", m.shared_size, tp, shape.quant)
+
+
+def _slice_problems(
+    shape: ModelShape, what: str, size: int, tp: int, quant: Quantization | None, experts: bool = False
+) -> Iterator[str]:
+    if size % tp:
+        yield f"{what} {size}"
+    elif quant and (experts or not quant.skip_dense) and quant.method != "mxfp4":
+        yield from _row_problems(quant, what, size, tp)
+
+
+def _row_problems(quant: Quantization, what: str, size: int, tp: int) -> Iterator[str]:
+    """A row-parallel matrix (down_proj, o_proj) is cut along its inputs: scales must not straddle the cut."""
+    part = size // tp
+    if size % tp:
+        return  # said elsewhere
+    block = quant.block[1]
+    if block and part % block:
+        yield f"{what} {size} in {quant.method} blocks of {block} leaves {size / tp:g} for each GPU"
+    elif quant.group and part % quant.group:
+        yield f"{what} {size} in quantization groups of {quant.group} leaves {size / tp:g} for each GPU"
+    elif quant.marlin and quant.bits in (4, 8) and part % 128:
+        yield f"{what} {size} leaves {size / tp:g} for each GPU, the {quant.method} kernels take multiples of 128"
 
 
 def pp_problems(shape: ModelShape, pp: int, *, engine_version: str | None = None) -> list[str]:
-    """Reasons why ``pp`` stages are not possible. Empty when they are."""
-    raise NotImplementedError
+    """Reasons why ``pp`` pipeline stages are not possible. Empty when they are.
+
+    Raises:
+        PlanError: ``pp`` is not a whole number above 0.
+    """
+    _positive("pipeline_parallel_size", pp)
+    if pp == 1:
+        return []
+    problems = []
+    if pp > shape.num_layers:
+        problems.append(f"PP {pp} is not possible: {shape.num_layers} layers")
+    if engine_version:
+        from .engine import at_least  # not at the top: engine.py loads the catalog, which a config alone does not need
+
+        if not at_least(engine_version, "0.4.3"):
+            problems.append(f"PP {pp} is not possible: vLLM {engine_version} has no pipeline parallelism")
+    if shape.kind == "pool" and shape.model_type in ENCODERS:
+        problems.append(f"PP {pp} is not possible: {shape.architecture} cannot be split into stages")
+    return problems
+
+
+def pp_layers(num_layers: int, pp: int) -> list[range]:
+    """Layers of each stage: what does not divide goes to the stages from the second last backwards."""
+    sizes = [num_layers // pp] * pp
+    for extra in range(num_layers % pp):
+        sizes[-(extra + 2)] += 1
+    stages, start = [], 0
+    for size in sizes:
+        stages.append(range(start, start + size))
+        start += size
+    return stages
 
 
 def tp_sizes(config: Config, max_tp: int = 16) -> list[int]:
-    """Valid tensor-parallel sizes from 1 to ``max_tp`` for a Hugging Face config."""
+    """Valid tensor-parallel sizes from 1 to ``max_tp`` for a Hugging Face config.
+
+    Raises:
+        PlanError: the config is not a model's, or ``max_tp`` is not a whole number from 1 to 1024.
+    """
+    _positive("max", max_tp)
+    if max_tp > 1024:
+        raise PlanError("max", max_tp, "no engine spans more than 1024 GPUs")
     shape = parse_config(config)
-    if max_tp < 1:
-        raise PlanError("max", max_tp, "give a whole number of at least 1")
     return [tp for tp in range(1, max_tp + 1) if not tp_problems(shape, tp)]
