@@ -133,9 +133,11 @@ class _Stage:
     """What one GPU of one pipeline stage holds; bytes, or bytes for each token of the batch (``*_token``)."""
 
     weights: int
-    eager_token: int
-    compiled_token: int
+    dense: tuple[int, int]
+    sparse: tuple[int, int]
+    attention: int
     moe_token: int
+    moe_before_dense: bool
     mla_row: int
     hidden: int
     embedding: int
@@ -176,12 +178,8 @@ def _weights(shape: ModelShape, tp: int, expert_split: int, layers: range, first
         if quant is None or not quantized:
             total += allocated(rows * cols * element)
             continue
-        if quant.method == "mxfp4" and part == "expert":
-            # The Hopper and Ampere kernel pads inputs to 256 and outputs to 128.
-            experts = shape.experts // expert_split
-            inner = -(-(rows // experts // 2) // 128) * 128 if name == "experts_up" else -(-cols // 128) * 128
-            width = -(-shape.hidden_size // 256) * 256
-            rows, cols = (experts * 2 * inner, width) if name == "experts_up" else (experts * width, inner)
+        if quant.method == "mxfp4":
+            cols = -(-cols // 256) * 256  # the kernels' layout pads the inputs
         total += allocated(int(rows * cols * quant.bits / 8))
         if quant.block[0]:
             scales = -(-rows // quant.block[0]) * -(-cols // quant.block[1])
@@ -207,35 +205,52 @@ def _disk_bytes(shape: ModelShape) -> int:
     return max(1, _weights(shape, 1, 1, range(shape.num_layers), True, True, plain) - extra)
 
 
-def _forward_token(shape: ModelShape, tp: int, expert_split: int, layers: range, element: int, compiled: bool) -> int:
-    """Bytes alive for each token of the batch at the peak of the forward pass, without what stays (MoE workspace)."""
+def _dense_token(shape: ModelShape, inner: int, gated: bool, tp: int, element: int, compiled: bool) -> int:
+    """Bytes alive for each token at the peak of a dense MLP.
+
+    The gate and up products, their activation, and hidden states: compiled code keeps three; plain Python keeps one
+    more (the layer's caller still holds its input), and a copy that an all-reduce writes.
+    """
     hidden = shape.hidden_size
-    reduced = 1 if tp > 1 else 0  # an all-reduce writes a second copy of its input
+    wide = (3 if gated else 2) * inner
+    if compiled:
+        size = wide + 3 * hidden
+    else:
+        reduced = 1 if tp > 1 else 0
+        size = wide + (4 + reduced) * hidden
+        if shape.architecture in REBINDING:
+            size = max(wide + 3 * hidden, inner + (4 + reduced) * hidden)
+    # An 8-bit kernel quantizes the input of the second product first.
+    eight = shape.quant is not None and shape.quant.activation_bits == 8 and not shape.quant.skip_dense
+    return size * element + (inner if eight else 0)
+
+
+def _mlp_tokens(
+    shape: ModelShape, tp: int, layers: range, element: int, sparse: bool, compiled: bool
+) -> int:  # fmt: skip
+    """The same over the stage's dense layers, or over its sparse ones (shared experts, and two more hidden states)."""
     worst = 0
-    for layer in {shape.layers[index] for index in layers}:
-        a, m = layer.attention, layer.mlp
-        if m and not m.experts:
-            inner = m.intermediate // tp
-            wide = (3 if m.gated else 2) * inner
-            if compiled:
-                size = (wide + (3 + reduced) * hidden) * element
-            elif shape.architecture in REBINDING:
-                size = max(wide + 3 * hidden, inner + (4 + reduced) * hidden) * element
-            else:
-                size = (wide + (4 + reduced) * hidden) * element
-            if shape.quant and shape.quant.activation_bits == 8 and not shape.quant.skip_dense:
-                size += inner  # the quantized input of the second product
-            worst = max(worst, size)
-        elif m:
-            shared = 3 * (m.shared_size // tp)
-            worst = max(worst, (shared + (5 + reduced) * hidden) * element)
+    for m in {shape.layers[index].mlp for index in layers}:
+        if m and not m.experts and not sparse:
+            worst = max(worst, _dense_token(shape, m.intermediate // tp, m.gated, tp, element, compiled))
+        elif m and m.experts and sparse:
+            worst = max(worst, (3 * (m.shared_size // tp) + 5 * shape.hidden_size) * element)
+    return worst
+
+
+def _attention_token(shape: ModelShape, tp: int, layers: range, element: int) -> int:
+    """Bytes alive for each token at the peak of an attention layer."""
+    worst = 0
+    for a in {shape.layers[index].attention for index in layers}:
         if a and a.kind == "mla":
-            heads = a.heads // tp
-            size = heads * (a.head_dim + a.v_dim) + 2 * (a.latent + a.rope_dim) + 2 * hidden
-            worst = max(worst, size * element)
+            size = a.heads // tp * (a.head_dim + a.v_dim) + 2 * (a.latent + a.rope_dim)
         elif a and a.kind != "state":
-            queries, keys = a.heads // tp * a.head_dim, 2 * max(1, a.kv_heads // tp) * a.head_dim
-            worst = max(worst, (2 * queries + keys + queries + 2 * hidden) * element)
+            size = 3 * (a.heads // tp * a.head_dim) + 2 * max(1, a.kv_heads // tp) * a.head_dim
+        elif a:
+            size = 2 * a.projection // shape.hidden_size // tp
+        else:
+            continue
+        worst = max(worst, (size + 2 * shape.hidden_size) * element)
     return worst
 
 
@@ -250,8 +265,22 @@ def _moe_token(shape: ModelShape, tp: int, expert_split: int, layers: range, ele
         if m and m.experts:
             size = m.expert_size if expert_split > 1 else m.expert_size // tp
             up = (2 if m.gated else 1) * size
+            if shape.quant and shape.quant.method == "mxfp4":  # its kernel keeps the activation alone
+                worst = max(worst, m.top_k * size * element)
+                continue
             worst = max(worst, m.top_k * (max(up, shape.hidden_size) + max(size, shape.hidden_size)) * element)
     return worst
+
+
+def _sparse_before_dense(shape: ModelShape, layers: range) -> bool:
+    seen = False
+    for index in layers:
+        m = shape.layers[index].mlp
+        if m and m.experts:
+            seen = True
+        elif m and seen:
+            return True
+    return False
 
 
 def _kv_layout(shape: ModelShape, layers: range, tp: int, kv_bytes: float, state_bytes: int) -> tuple[int, tuple[_KvGroup, ...]]:
@@ -306,8 +335,10 @@ def _stages(shape: ModelShape, tp: int, pp: int, expert_split: int, element: int
         stages.append(
             _Stage(
                 weights=int(_weights(shape, tp, expert_split, layers, first, last, element) * scale),
-                eager_token=_forward_token(shape, tp, expert_split, layers, element, False),
-                compiled_token=_forward_token(shape, tp, expert_split, layers, element, True),
+                dense=tuple(_mlp_tokens(shape, tp, layers, element, False, compiled) for compiled in (False, True)),  # type: ignore[arg-type]
+                sparse=tuple(_mlp_tokens(shape, tp, layers, element, True, compiled) for compiled in (False, True)),  # type: ignore[arg-type]
+                attention=_attention_token(shape, tp, layers, element),
+                moe_before_dense=_sparse_before_dense(shape, layers),
                 moe_token=_moe_token(shape, tp, expert_split, layers, element),
                 mla_row=latent.heads // tp * (latent.nope_dim + latent.v_dim) * element if latent else 0,
                 hidden=shape.hidden_size * element,
@@ -376,13 +407,13 @@ def _engine(shape: ModelShape, version: str, capability: tuple[int, int]) -> _En
     return shape.cache[key]  # type: ignore[no-any-return]
 
 
-def visible_mib(total_mib: float, reserved_mib: float | None = None) -> float:
-    """Memory that CUDA sees: the total of nvidia-smi less what the driver keeps (``memory.reserved``).
+def cuda_total_gib(total_mib: float, reserved_mib: float | None = None) -> float:
+    """GiB that CUDA sees: the total of nvidia-smi less what the driver keeps (``memory.reserved``), both in MiB.
 
     Without a reading: 400 MiB and 0.15% of the total. That is 616 MiB on an H200 (its reading) and 435 on an A10
     (PyTorch sees 22.06 GiB there).
     """
-    return total_mib - (400 + 0.0015 * total_mib if reserved_mib is None else reserved_mib)
+    return (total_mib - (400 + 0.0015 * total_mib if reserved_mib is None else reserved_mib)) / 1024
 
 
 def capture_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> tuple[int, int]:
@@ -441,22 +472,26 @@ def _activation(
     """(bytes at the highest peak of the profile run, bytes at the sampler's peak)."""
     workspace = WORKSPACE[facts.family]
     stays = stage.moe_token * batched
-    per_token = stage.eager_token if eager or facts.v0 else stage.compiled_token
-    forward = per_token * batched
-    low_precision = shape.quant is not None and shape.quant.activation_bits == 8 and not shape.experts
-    if not low_precision:
-        forward += workspace
-    if not eager and not facts.v0:
-        forward += COMPILED_WORKSPACE[facts.family] if not shape.experts else 0
+    compiled = not eager and not facts.v0
+    eight = shape.quant is not None and shape.quant.activation_bits == 8
+    dense = stage.dense[compiled] * batched
+    if dense:
+        # 8-bit products do not go through cuBLAS.
+        dense += 0 if eight and not shape.experts else workspace
+        dense += COMPILED_WORKSPACE[facts.family] if compiled and not shape.experts else 0
+        dense += stays if stage.moe_before_dense else 0
+    attention = stage.attention * batched + stays
     if stage.mla_row:
         # Room to expand the cached latents of a long prompt, allocated whole in the profile run.
         expanded = max(min(max(8 * length, 4 * seqs * BLOCK), 64 * 1024), seqs * BLOCK)
-        forward += expanded * stage.mla_row
-    peak = forward + stays
+        attention += expanded * stage.mla_row + workspace
+    sparse = stage.sparse[compiled] * batched + stays + workspace if stage.sparse[compiled] else 0
+    peak = max(dense, attention, sparse)
     if facts.compile_peak and not eager and stage.first and shape.kind == "generate":
         # The first start compiles: the code generator times its kernels on tensors as large as the real ones, the
         # embedding among them.
-        peak = max(peak, stage.embedding + 2 * batched * stage.hidden)
+        quantized = batched * shape.hidden_size if eight and shape.quant and not shape.quant.block[0] else 0
+        peak = max(peak, stage.embedding + 2 * batched * stage.hidden + quantized)
     sampler = 0
     if stage.last and shape.kind == "generate":
         rows = min(seqs, batched)
@@ -505,6 +540,7 @@ def engine_memory(
     enforce_eager: bool = False,
     dtype: str = "auto",
     kv_cache_dtype: str = "auto",
+    quantization: str | None = None,
     gpu_memory_used_mib: float = 0,
     gpu_memory_reserved_mib: float | None = None,
     expert_parallel: bool = False,
@@ -512,9 +548,8 @@ def engine_memory(
 ) -> MemoryPlan:
     """Memory of one engine on one GPU.
 
-    What ``--quantization`` will be belongs to the shape: give it to ``parse_config``.
-
     Args:
+        quantization: what ``--quantization`` will be; the shape must have been read with it.
         gpu_memory_total_mib: total memory as ``nvidia-smi`` shows it.
         gpu_memory_used_mib: memory in use by others (with ``gpu_memory_total_mib`` it says what is free).
         gpu_memory_reserved_mib: ``memory.reserved`` of ``nvidia-smi``: part of the total that CUDA cannot see; None
@@ -539,10 +574,12 @@ def engine_memory(
         raise PlanError("enforce_eager", enforce_eager, "true or false is needed")
     if kv_cache_dtype not in KV_DTYPES:
         raise PlanError("kv_cache_dtype", kv_cache_dtype, f"one of {', '.join(KV_DTYPES)} is allowed")
+    if quantization not in (None, "", "none") and not shape.quantization:
+        raise PlanError("quantization", quantization, "the model's shape was read without it: give it to parse_config")
     facts = _engine(shape, engine_version, capability)
     element, refused = _element_bytes(shape, dtype, capability)
 
-    total = visible_mib(total_mib, gpu_memory_reserved_mib) * MIB
+    total = cuda_total_gib(total_mib, gpu_memory_reserved_mib) * GIB
     requested = math.ceil(total * utilization)
     problems = tp_problems(shape, tp, expert_parallel=expert_parallel, data_parallel_size=dp)
     problems += pp_problems(shape, pp, engine_version=engine_version)

@@ -806,10 +806,12 @@ def tp_problems(
     engine_version: str | None = None,
     expert_parallel: bool = False,
     data_parallel_size: int = 1,
+    quantization: str | None = None,
 ) -> list[str]:
     """Reasons why ``tp`` is not possible, such as ``TP 3 is not possible: 40 attention heads``. Empty when it is.
 
-    With ``expert_parallel`` whole experts are dealt over ``tp * data_parallel_size`` GPUs instead of being sliced.
+    The rules are the same in every engine version of the catalog; blocks and groups of weights that are quantized
+    while they are loaded (``quantization``) follow from the shape. With ``expert_parallel`` whole experts are dealt over ``tp * data_parallel_size`` GPUs instead of being sliced.
 
     Raises:
         PlanError: ``tp`` is not a whole number above 0.
