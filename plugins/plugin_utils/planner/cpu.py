@@ -74,7 +74,7 @@ def place_on_cpu(task: Task, layout: Layout, port: int) -> dict[str, Any] | None
         "data_parallel_size": 1,
         "enable_expert_parallel": False,
         "gpu_memory_utilization": None,
-        "enforce_eager": False,
+        "enforce_eager": eager,
         "executor": "uni",
         "link": "none",
         "engine_core": "V1",
@@ -83,6 +83,9 @@ def place_on_cpu(task: Task, layout: Layout, port: int) -> dict[str, Any] | None
     tokens = int(cache * 1024**3 / per_token) if per_token else 0
     task.why += [
         f"CPU: {'asked for' if service.device else 'no host has a GPU'}; vLLM {engine.version}, TP 1",
+        "not compiled: that needs a C++ compiler on the host; enforce_eager: false compiles"
+        if eager
+        else "compiled at the first start: the host needs a C++ compiler and Python's headers",
         f"{weights:.2f} GiB of weights in {dtype}, {cache} GiB of KV cache, {CPU_OVERHEAD_GIB:g} GiB for the engine, "
         f"of {least:.2f} GiB available",
     ]
