@@ -63,6 +63,8 @@ def place_on_cpu(task: Task, layout: Layout, port: int) -> dict[str, Any] | None
     total = weights + CPU_OVERHEAD_GIB + cache
     for host in chosen:
         layout.cpu_claims[host.name] = layout.cpu_claims.get(host.name, 0.0) + total
+    # Compiling needs a C++ compiler and Python's headers on the host, and minutes at the first start.
+    eager = service.enforce_eager is not False
     settings: dict[str, Any] = {
         "port": port,
         "dtype": dtype,
