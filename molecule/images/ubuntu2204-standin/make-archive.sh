@@ -26,7 +26,7 @@ unpacked docker.io /tmp/ce
 mkdir -p /tmp/cli/DEBIAN /tmp/cli/usr/bin
 mv /tmp/ce/usr/bin/docker /tmp/cli/usr/bin/
 unpacked tini /tmp/tini
-mv /tmp/tini/usr/bin/tini-static /tmp/ce/usr/bin/
+mv /tmp/tini/usr/bin/tini-static /tmp/ce/usr/bin/docker-init
 control /tmp/ce docker-ce "5:$version" 'Depends: containerd.io, docker-ce-cli, iptables, adduser, libc6, libdevmapper1.02.1, libsystemd0\nConflicts: docker.io\nReplaces: docker.io'
 control /tmp/cli docker-ce-cli "5:$version" 'Conflicts: docker.io\nReplaces: docker.io'
 unpacked containerd /tmp/io
