@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Stands in for the Hugging Face Hub: serves folders as repositories, and fails in the ways that hubs do.
+
+    with Hub() as hub:
+        commit = hub.add("owner/name", folder)              # of the branch main
+        hub.faults.append(Fault("model.safetensors", cut_at=1000, times=1))
+        ...HF_ENDPOINT=hub.url...
+
+Paths, headers and error codes are those that huggingface_hub 1.33 asks for and reads (`hf_api.py`, `file_download.py`,
+`utils/_http.py`). Large files are answered as the hub answers LFS files: a redirect to another address that needs no token.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from .server import Answer, Handler, Server
+
+LFS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+
+
+@dataclass
+class Fault:
+    """What goes wrong with requests whose path (without the query) `path`, a regular expression, is found in."""
+
+    path: str
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    cut_at: int | None = None  # byte of the answer's body
+    stall_at: int | None = None
+    hang_up: bool = False
+    times: int | None = None  # how many requests it meets; None: all
+    method: str = "GET"
+
+
+@dataclass
+class File:
+    data: bytes
+    lfs: bool
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def blob_id(self) -> str:
+        return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
+
+    @property
+    def etag(self) -> str:
+        return self.sha256 if self.lfs else self.blob_id
+
+    def lfs_facts(self, digest: str) -> dict[str, Any]:
+        return {"lfs": {digest: self.sha256, "size": len(self.data), "pointerSize": 135}} if self.lfs else {}
+
+
+@dataclass
+class Repository:
+    token: str | None  # what a gated repository asks for
+    commits: dict[str, dict[str, File]] = field(default_factory=dict)
+    revisions: dict[str, str] = field(default_factory=dict)
+
+
+def _error(status: int, code: str, message: str) -> Answer:
+    return Answer(status, json.dumps({"error": message}).encode(), {"X-Error-Code": code, "X-Error-Message": message})
+
+
+def _json(value: Any) -> Answer:
+    return Answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+
+def _ranged(file: File, wanted: str | None, headers: dict[str, str]) -> Answer:
+    match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "")
+    if not match:
+        return Answer(200, file.data, headers)
+    size, start = len(file.data), int(match[1])
+    if start >= size:
+        return Answer(416, b"", {"Content-Range": f"bytes */{size}"})
+    end = min(int(match[2] or size - 1), size - 1)
+    return Answer(206, file.data[start : end + 1], {**headers, "Content-Range": f"bytes {start}-{end}/{size}"})
+
+
+class Hub(Server):
+    def __init__(self) -> None:
+        super().__init__()
+        self.repositories: dict[str, Repository] = {}
+        self.faults: list[Fault] = []
+
+    def add(self, name: str, folder: Path, revision: str = "main", token: str | None = None) -> str:
+        """Serves the files of a folder as a revision of a repository; returns its commit. With a token, it is gated."""
+        files = {
+            str(path.relative_to(folder)): File(path.read_bytes(), any(fnmatch.fnmatch(path.name, form) for form in LFS))
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        commit = hashlib.sha1(repr([(path, file.etag) for path, file in files.items()]).encode()).hexdigest()
+        repository = self.repositories.setdefault(name, Repository(token))
+        repository.commits[commit] = files
+        repository.revisions.update({revision: commit, commit: commit})
+        return commit
+
+    def paths(self, method: str = "GET") -> list[str]:
+        """Paths that were asked for, without their queries."""
+        return [urlsplit(path).path for asked, path, _ in self.requests if asked == method]
+
+    def respond(self, request: Handler) -> Answer:
+        url = urlsplit(request.path)
+        answer = self._answer(url.path, parse_qs(url.query), request)
+        for fault in self.faults:
+            if fault.times != 0 and fault.method == request.command and re.search(fault.path, unquote(url.path)):
+                if fault.times is not None:
+                    fault.times -= 1
+                if fault.status:
+                    return Answer(fault.status, b"{}", fault.headers)
+                answer.cut_at, answer.stall_at, answer.hang_up = fault.cut_at, fault.stall_at, fault.hang_up
+        return answer
+
+    def _answer(self, path: str, query: dict[str, list[str]], request: Handler) -> Answer:
+        if match := re.fullmatch(r"/cdn/([0-9a-f]{64})", path):
+            return self._cdn(match[1], request)
+        forms = {
+            r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?": self._model,
+            r"/api/models/([^/]+/[^/]+)/tree/([^/]+)": self._tree,
+            r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)": self._resolve,
+        }
+        for form, method in forms.items():
+            if match := re.fullmatch(form, path):
+                name, revision, *rest = (unquote(part or "main") for part in match.groups())
+                return self._authorized(name, revision, request) or method(name, revision, *rest, query=query, request=request)
+        return _error(404, "", "Sorry, we can't find the page you are looking for.")
+
+    def _authorized(self, name: str, revision: str, request: Handler) -> Answer | None:
+        """The refusal, if there is one. To strangers, what is not there looks like what they may not see."""
+        repository, sent = self.repositories.get(name), request.headers.get("Authorization")
+        if repository is None:
+            return _error(404 if sent else 401, "RepoNotFound", "Repository not found")
+        if repository.token and sent != f"Bearer {repository.token}":
+            return _error(403 if sent else 401, "GatedRepo", f"Access to model {name} is restricted.")
+        if revision not in repository.revisions:
+            return _error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return None
+
+    def _files(self, name: str, revision: str) -> tuple[str, dict[str, File]]:
+        commit = self.repositories[name].revisions[revision]
+        return commit, self.repositories[name].commits[commit]
+
+    def _model(self, name: str, revision: str, *, query: dict[str, list[str]], request: Handler) -> Answer:
+        commit, files = self._files(name, revision)
+        blobs = query.get("blobs", [""])[0] in ("true", "1", "True")
+        siblings = [
+            {
+                "rfilename": path,
+                **({"size": len(file.data), "blobId": file.blob_id, **file.lfs_facts("sha256")} if blobs else {}),
+            }
+            for path, file in files.items()
+        ]
+        gated = "manual" if self.repositories[name].token else False
+        facts = {"id": name, "modelId": name, "author": name.split("/")[0], "sha": commit, "private": False, "gated": gated}
+        return _json({**facts, "disabled": False, "downloads": 0, "likes": 0, "tags": [], "siblings": siblings})
+
+    def _tree(self, name: str, revision: str, *, query: dict[str, list[str]], request: Handler) -> Answer:
+        files = self._files(name, revision)[1]
+        return _json(
+            [
+                {"type": "file", "path": path, "size": len(file.data), "oid": file.blob_id, **file.lfs_facts("oid")}
+                for path, file in files.items()
+            ]
+        )
+
+    def _resolve(self, name: str, revision: str, path: str, *, query: dict[str, list[str]], request: Handler) -> Answer:
+        commit, files = self._files(name, revision)
+        file = files.get(path)
+        if file is None:
+            return _error(404, "EntryNotFound", "Entry not found")
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
+        if not file.lfs:
+            return _ranged(file, request.headers.get("Range"), headers)
+        linked = {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.data))}
+        # Another host name of the same server: clients do not take their token there.
+        location = f"{self.url.replace('127.0.0.1', 'localhost')}/cdn/{file.sha256}"
+        return Answer(302, b"", {**headers, **linked, "Location": location})
+
+    def _cdn(self, digest: str, request: Handler) -> Answer:
+        everything = (file for repo in self.repositories.values() for files in repo.commits.values() for file in files.values())
+        file = next((file for file in everything if file.lfs and file.sha256 == digest), None)
+        if file is None:
+            return Answer(403)
+        headers = {"ETag": f'"{digest}"', "Accept-Ranges": "bytes"}
+        return _ranged(file, request.headers.get("Range"), headers)

@@ -1,0 +1,69 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Stands in for nvidia-smi: answers from a scene, and refuses what the real one refuses.
+
+NVIDIA_SMI_SCENE names a JSON file:
+  gpus    list of {field: value}, the values as `--query-gpu --format=csv` prints them with units
+  apps    list of {gpu_uuid, pid, used_memory}, used_memory with its unit
+  topo    {"-m": text, "-p2p r": text}
+  fail    [exit status, text]: what every call ends with
+  hang    seconds that every call takes
+
+Exit statuses and wordings: 2 for a bad option or field, 18 for a library that does not match the driver (NVIDIA's page of
+nvidia-smi, "Return value", and users' reports of driver 535).
+"""
+
+import json
+import os
+import sys
+import time
+
+
+def stop(status, text):
+    print(text)
+    sys.exit(status)
+
+
+def table(rows, query, formats):
+    fields = query.split(",")
+    if "csv" not in formats:
+        stop(2, "--format= option must be specified and include csv.")
+    for field in fields:
+        if any(field not in row for row in rows):
+            stop(2, 'Field "%s" is not a valid field to query.' % field)
+    if "noheader" not in formats:
+        print(", ".join(fields))
+    for row in rows:
+        values = [row[field] for field in fields]
+        if "nounits" in formats:
+            values = [value[: -len(" MiB")] if value.endswith(" MiB") else value for value in values]
+        print(", ".join(values))
+
+
+def main():
+    with open(os.environ["NVIDIA_SMI_SCENE"]) as handle:
+        scene = json.load(handle)
+    time.sleep(scene.get("hang", 0))
+    if "fail" in scene:
+        stop(*scene["fail"])
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["topo"]:
+        text = scene.get("topo", {}).get(" ".join(arguments[1:]))
+        sys.stdout.write(text) if text is not None else stop(2, "Invalid combination of input arguments. Please run 'nvidia-smi topo -h' for help.")
+        return
+    options = dict(argument.partition("=")[::2] for argument in arguments)
+    for option in options:
+        if option not in ("--query-gpu", "--query-compute-apps", "--format"):
+            stop(2, "ERROR: Option %s is not recognized. Please run 'nvidia-smi -h'." % option)
+    formats = options.get("--format", "").split(",")
+    if "--query-gpu" in options and "--query-compute-apps" not in options:
+        if not scene["gpus"]:
+            stop(6, "No devices were found")
+        table(scene["gpus"], options["--query-gpu"], formats)
+    elif "--query-compute-apps" in options and "--query-gpu" not in options:
+        table(scene.get("apps", []), options["--query-compute-apps"], formats)
+    else:
+        stop(2, "Invalid combination of input arguments. Please run 'nvidia-smi -h' for help.")
+
+
+main()
