@@ -90,6 +90,7 @@ class Need:
     Attributes:
         utilization: the lowest that holds the context and concurrency asked for.
         footprint: what each GPU then holds, outside parts included.
+        room: what has to be free for it: more than the footprint where the utilization is the plan's own choice.
         visible: memory of the GPU that CUDA can use; a utilization is a share of it.
     """
 
@@ -103,7 +104,13 @@ class Need:
     eager: bool
     utilization: float
     footprint: float
+    room: float
     visible: float
+
+    @property
+    def small(self) -> bool:
+        """It leaves most of a GPU to others."""
+        return self.footprint < SMALL * self.visible
 
 
 @dataclass
@@ -116,6 +123,7 @@ class Instance:
     need: Need
     places: list[Place]
     shape: Shape
+    widened: bool = False
 
     @property
     def hosts(self) -> list[Host]:
@@ -289,7 +297,8 @@ def make_need(
     visible = memory.requested_gib / utilization
     if not memory.fits or (memory.max_concurrency + 1e-6 < service.min_concurrency and not service.pools):
         return None
-    if service.utilization is None and memory.footprint_gib > visible * (1 - SLACK):
+    room = memory.footprint_gib + (SLACK * visible if service.utilization is None else 0.0)
+    if room > visible:
         return None
     return Need(
         kind=gpu.kind,
@@ -302,6 +311,7 @@ def make_need(
         eager=eager,
         utilization=utilization,
         footprint=memory.footprint_gib,
+        room=room,
         visible=visible,
     )
 
@@ -363,14 +373,15 @@ def valid_shapes(service: Service, engine: Engine, host_gpus: int, hosts: int, l
 
     def rank(shape: Shape) -> tuple[int, ...]:
         kind = 1 if shape.dp > 1 else 2 if shape.pp > 1 else 0
-        if link in ("nvlink", "none") and shape.tp * shape.pp <= host_gpus:
+        spans = shape.tp * shape.pp > host_gpus
+        if link in ("nvlink", "none") and not spans:
             return (kind, shape.world)
-        pipeline_first = link == "pcie" and service.objective == "throughput"
+        pipeline_first = link == "pcie" and service.objective == "throughput" and not spans
         return (shape.world, shape.tp if pipeline_first else -shape.tp)
 
     # For latency a number of GPUs is meant as one wide engine, not as replicas.
     wide = service.objective == "latency" and gpus
-    return sorted(shapes, key=lambda shape: ((-shape.world if wide else 0), *rank(shape)))
+    return sorted(shapes, key=lambda shape: (-shape.tp if wide else 0, *rank(shape)))
 
 
 # ----------------------------------------------------------------------------------------------------- placement
@@ -394,17 +405,16 @@ def by_kind(places: Iterable[Place]) -> list[list[Place]]:
 LINKS = {"none": 0, "nvlink": 0, "p2p": 1, "pcie": 2}
 
 
-def _pick(places: Sequence[Place], count: int, footprint: float) -> list[Place] | None:
-    """The best ``count`` of these equal GPUs with room for ``footprint`` each, or None."""
-    able = [place for place in places if place.free >= footprint]
+def _pick(places: Sequence[Place], count: int, need: Need) -> list[Place] | None:
+    """The best ``count`` of these equal GPUs with room for the need, or None."""
+    able = [place for place in places if place.free >= need.room]
     if len(able) < count or (count > 1 and able[0].gpu.mig):
         return None
     if count == 1:
-        small = footprint < SMALL * able[0].total
 
         def rank(place: Place) -> tuple[Any, ...]:
             packed = place.claims and all(size < SMALL * place.total for _, size in place.claims)
-            return (not (small and packed), not place.idle, -place.free, place.gpu.index, place.gpu.uuid)
+            return (not (need.small and packed), not place.idle, -place.free, place.gpu.index, place.gpu.uuid)
 
         return [min(able, key=rank)]
     host = able[0].host
@@ -445,7 +455,9 @@ class Layout:
 
     # -- needs in the order in which they are wanted
 
-    def _variants(self, service: Service, group: Sequence[Place], hosts: int, length: int) -> Iterator[Need]:
+    def _variants(
+        self, service: Service, group: Sequence[Place], hosts: int, length: int, eager: bool
+    ) -> Iterator[Need]:
         """Needs of a service on a group of equal GPUs of one host (and ``hosts`` such hosts)."""
         gpu, host = group[0].gpu, group[0].host
         engine, tag, _, _ = self.needs.engine(service, gpu, host.driver_version)
@@ -455,12 +467,11 @@ class Layout:
         link = host.link(place.gpu.index for place in group)
         shapes = valid_shapes(service, engine, count, 1 if gpu.mig else hosts, link)
         limits = (1.0,) if service.utilization else (engine.gpu_memory_utilization, 1.0)
-        for eager in (False, True) if service.enforce_eager is None else (service.enforce_eager,):
-            for shape in shapes:
-                for most in limits:
-                    need = self.needs.find(service, gpu, engine, tag, length, shape, eager, most, self.lean)
-                    if need:
-                        yield need
+        for shape in shapes:
+            for most in limits:
+                need = self.needs.find(service, gpu, engine, tag, length, shape, eager, most, self.lean)
+                if need:
+                    yield need
 
     @staticmethod
     def _copies(service: Service, shape: Shape) -> int:
@@ -476,27 +487,37 @@ class Layout:
         """Claims GPUs for a service; False when there is no room for it."""
         service = task.service
         lengths = [service.max_model_len] if service.max_model_len else usual_lengths(service)
-        for length in lengths:
-            instances = self._find(service, length)
-            for instance in instances:
-                instance.claim(instance.places)
-                task.instances.append(instance)
-            if instances:
-                task.shortened = lengths[0] if length != lengths[0] else None
-                return True
-        return False
+        length, found = lengths[0], self._find(service, lengths[0])
+        if not found and len(lengths) > 1 and (shortest := self._find(service, lengths[-1])):
+            # What holds a context holds a shorter one: the longest that finds room lies between.
+            found, low, high = shortest, 0, len(lengths) - 1
+            while high - low > 1:
+                middle = (low + high) // 2
+                if better := self._find(service, lengths[middle]):
+                    found, high = better, middle
+                else:
+                    low = middle
+            length = lengths[high]
+        for instance in found:
+            instance.claim(instance.places)
+            task.instances.append(instance)
+        task.shortened = lengths[0] if found and length != lengths[0] else None
+        return bool(found)
 
     def _find(self, service: Service, length: int) -> list[Instance]:
         """The servers of a service for a context, not yet claimed: one, or one on each host that the user named."""
         hosts = self.allowed(service)
-        if service.hosts is not None and len(hosts) > 1:
-            alone = [instance for host in hosts if (instance := self._on_one_host(service, [host], length))]
-            if len(alone) == len(hosts):
-                return alone
-            spread = self._across_hosts(service, hosts, length, exactly=len(hosts))
-        else:
-            spread = self._on_one_host(service, hosts, length) or self._across_hosts(service, hosts, length)
-        return [spread] if spread else []
+        several = service.hosts is not None and len(hosts) > 1
+        for eager in (False, True) if service.enforce_eager is None else (service.enforce_eager,):
+            if several:
+                alone = [found for host in hosts if (found := self._on_one_host(service, [host], length, eager))]
+                if len(alone) == len(hosts):
+                    return alone
+            elif found := self._on_one_host(service, hosts, length, eager):
+                return [found]
+            if found := self._across_hosts(service, hosts, length, eager, len(hosts) if several else None):
+                return [found]
+        return []
 
     def _groups(self, service: Service, hosts: Sequence[Host]) -> list[list[list[Place]]]:
         """Groups of equal GPUs of these hosts, sorted by what decides a need: kind, number, link and driver."""
@@ -507,36 +528,35 @@ class Layout:
                 classes.setdefault((group[0].gpu.kind, len(group), link, host.driver_version), []).append(group)
         return list(classes.values())
 
-    def _on_one_host(self, service: Service, hosts: Sequence[Host], length: int) -> Instance | None:
+    def _on_one_host(self, service: Service, hosts: Sequence[Host], length: int, eager: bool) -> Instance | None:
         def ordered(groups: list[list[Place]]) -> Iterator[tuple[tuple[Any, ...], Need, list[list[Place]]]]:
-            """The wanted order of one kind of GPU; among kinds: no eager mode, fewest GPUs, the smallest memory."""
-            for number, need in enumerate(self._variants(service, groups[0], 1, length)):
-                yield (need.eager, number, need.shape.world, need.visible), need, groups
+            """The wanted order of one kind of GPU; among kinds: the fewest GPUs, then the smallest memory."""
+            for number, need in enumerate(self._variants(service, groups[0], 1, length, eager)):
+                yield (number, need.shape.world, need.visible), need, groups
 
         classes = [ordered(groups) for groups in self._groups(service, hosts)]
         for _, need, groups in heapq.merge(*classes, key=lambda variant: variant[0]):
             copies = self._copies(service, need.shape)
             count = need.shape.world * copies
-            fits = [(group, picked) for group in groups if (picked := _pick(group, count, need.footprint))]
+            fits = [(group, picked) for group in groups if (picked := _pick(group, count, need))]
             if fits:
-                small = need.footprint < SMALL * need.visible
-                picked = min(fits, key=lambda fit: _host_rank(fit[0], fit[1], small))[1]
+                picked = min(fits, key=lambda fit: _host_rank(fit[0], fit[1], need.small))[1]
                 return Instance(need, picked, need.shape._replace(dp=need.shape.dp * copies))
         return None
 
     def _across_hosts(
-        self, service: Service, hosts: Sequence[Host], length: int, exactly: int | None = None
+        self, service: Service, hosts: Sequence[Host], length: int, eager: bool, exactly: int | None
     ) -> Instance | None:
         """One instance whose pipeline stages span hosts: TP inside each."""
         for groups in self._groups(service, hosts):
             if len(groups) < (exactly or 2):
                 continue
-            for need in self._variants(service, groups[0], len(groups), length):
+            for need in self._variants(service, groups[0], len(groups), length, eager):
                 tp, pp, dp = need.shape
                 span = exactly or math.ceil(pp / (len(groups[0]) // tp))
                 if dp > 1 or span < 2 or pp % span:
                     continue
-                parts = [part for group in groups if (part := _pick(group, tp * pp // span, need.footprint))]
+                parts = [part for group in groups if (part := _pick(group, tp * pp // span, need))]
                 if len(parts) >= span:
                     return Instance(need, [place for part in parts[:span] for place in part], need.shape)
         return None
@@ -592,13 +612,15 @@ class Layout:
             places = instance.places + idle[: tp - shape.tp]
             wider = self._reshaped(service, need, places[0].gpu, Shape(tp))
             # Its share of the GPUs that it has already may be smaller now, never larger.
-            if wider and wider.footprint <= min(need.footprint, *(place.free for place in places[shape.tp :])):
+            if wider and wider.footprint <= min(
+                need.footprint, *(place.free - wider.room + wider.footprint for place in places[shape.tp :])
+            ):
                 count = tp - shape.tp
                 task.why.append(
                     f"TP {tp} instead of {shape.tp}: objective latency, and {count} GPU(s) of {host.name} idle"
                 )
                 instance.release()
-                instance.need, instance.places, instance.shape = wider, places, Shape(tp)
+                instance.need, instance.places, instance.shape, instance.widened = wider, places, Shape(tp), True
                 instance.claim(places)
                 return
 
@@ -622,7 +644,7 @@ class Layout:
             return 0
         here = next((instance for instance in task.instances if instance.hosts[0] is host), None)
         if here is None:
-            picked = _pick(idle, task.instances[0].need.shape.world, need.footprint)
+            picked = _pick(idle, need.shape.world, need)
             if not picked:
                 return 0
             instance = Instance(need, picked, need.shape)
@@ -633,7 +655,7 @@ class Layout:
             return 0
         if service.shape.experts:
             return self._spread_experts(service, here, idle)
-        picked = _pick(idle, need.shape.world, need.footprint)
+        picked = _pick(idle, need.shape.world, need)
         if not picked:
             return 0
         here.claim(picked)
@@ -652,7 +674,7 @@ class Layout:
             if service.shape.experts % (tp * dp):
                 continue
             need = self._reshaped(service, here.need, idle[0].gpu, Shape(tp, 1, dp))
-            picked = _pick(idle, (dp - now) * tp, need.footprint) if need else None
+            picked = _pick(idle, (dp - now) * tp, need) if need else None
             if need and picked and need.footprint <= here.need.footprint:
                 here.release()
                 here.need, here.shape, here.places = need, need.shape, here.places + picked

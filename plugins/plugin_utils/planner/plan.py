@@ -10,7 +10,7 @@ from .cpu import place_on_cpu
 from .hardware import parse_hosts
 from .layout import Layout, Needs, Task
 from .refusal import refuse
-from .service import Service, parse_services
+from .service import STRETCH, Service, beyond_the_model, parse_services
 from .settle import explain, name_of, settle
 
 FIRST_PORT = 8000
@@ -93,11 +93,10 @@ def _check(task: Task) -> None:
             f"{service.model} brings code of its own that has to run: read it, pin `revision`, and set "
             "trust_remote_code: true"
         )
-    own = service.shape.max_position
-    if service.max_model_len and 0 < own < service.max_model_len and "VLLM_ALLOW_LONG_MAX_MODEL_LEN" not in service.env:
+    if beyond_the_model(service):
         task.problems.append(
-            f"max_model_len {service.max_model_len} is more than the model's own {own}: lower it, or set env "
-            "VLLM_ALLOW_LONG_MAX_MODEL_LEN to 1 for a model that can be stretched"
+            f"max_model_len {service.max_model_len} is more than the model's own {service.shape.max_position}: lower "
+            f"it, or set env {STRETCH} to 1 for a model that can be stretched"
         )
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,13 +14,13 @@ from .layout import (
     MIB,
     Layout,
     Need,
+    Needs,
     Place,
     Shape,
     Task,
     batches,
     by_kind,
     eligible,
-    make_need,
     memory_arguments,
     usual_lengths,
     valid_shapes,
@@ -27,7 +28,7 @@ from .layout import (
 )
 from .memory import engine_memory
 from .model import pp_problems, tp_problems
-from .service import Service
+from .service import Service, beyond_the_model
 
 # A refusal counts with this context when the user named none.
 SHORT_CONTEXT = 2048
@@ -37,6 +38,8 @@ def refuse(task: Task, layout: Layout) -> list[str]:
     """Why a service found no place, with the arithmetic, and the nearest thing that could run."""
     service = task.service
     hosts = layout.allowed(service)
+    if beyond_the_model(service):
+        return []  # said once for every service, placed or not
     groups = [group for host in hosts for group in by_kind(eligible(service, layout.places[host.name]))]
     if not groups:
         wanted = f" with index {', '.join(map(str, service.gpu_indices))}" if service.gpu_indices else ""
@@ -84,13 +87,13 @@ def _too_little(service: Service, group: Sequence[Place], engine: Engine, total:
     length = service.max_model_len or min(usual_lengths(service)[0], SHORT_CONTEXT)
     tokens, seqs = list(batches(service, gpu, engine, length))[-1]
     arguments = memory_arguments(service, gpu, engine, shape, service.enforce_eager is not False, tokens, seqs)
-    free = min(place.free for place in group)
+    free, total_gib = min(place.free for place in group), group[0].total
+    arguments["gpu_memory_used_mib"] = max(0.0, total_gib - free) * MIB
+    # The most that the engine may ask for: what is free less what lies outside of its share.
+    outside = engine_memory(service.shape, gpu_memory_utilization=0.5, max_model_len=length, **arguments).outside_gib
+    most = max(1, min(1000, math.floor((free - outside) / total_gib * 1000))) / 1000
     memory = engine_memory(
-        service.shape,
-        gpu_memory_utilization=service.utilization or 1.0,
-        max_model_len=length,
-        gpu_memory_used_mib=max(0.0, group[0].total - free) * MIB,
-        **arguments,
+        service.shape, gpu_memory_utilization=service.utilization or most, max_model_len=length, **arguments
     )
     reason = memory.reason
     if memory.fits and memory.max_concurrency < service.min_concurrency:
@@ -111,12 +114,12 @@ def _ways_out(service: Service, gpu: Gpu, engine: Engine, length: int, count: in
 
     def find(other: Service, tokens: int, gpus: int = count, hosts: int = 1, graphs: bool = False) -> Need | None:
         """The first layout of up to ``gpus`` GPUs a host that holds it."""
+        needs = Needs()
         eager = [other.enforce_eager] if other.enforce_eager is not None else [False] if graphs else [False, True]
         for choice in eager:
             for shape in valid_shapes(other, engine, gpus, hosts, link):
-                for batch in batches(other, gpu, engine, tokens):
-                    if need := make_need(other, gpu, engine, "", tokens, *batch, shape, choice):
-                        return need
+                if need := needs.find(other, gpu, engine, "", tokens, shape, choice, 1.0, False):
+                    return need
         return None
 
     ways = []
@@ -129,15 +132,16 @@ def _ways_out(service: Service, gpu: Gpu, engine: Engine, length: int, count: in
         )
     elif need := find(free, length):
         ways.append(f"{words(need.shape)} fits on GPUs like these, with all of {need.shape.world} to itself")
-    for tokens in (tokens for tokens in usual_lengths(service) if tokens < length):
-        if need := find(service, tokens):
-            ways.append(f"max_model_len {tokens} fits ({words(need.shape)})")
-            break
-        if need := find(free, tokens):
-            ways.append(
-                f"max_model_len {tokens} fits with gpu_memory_utilization {need.utilization:g} ({words(need.shape)})"
-            )
-            break
+    shorter = [tokens for tokens in usual_lengths(service) if tokens < length]
+    if shorter and (find(service, shorter[-1]) or find(free, shorter[-1])):
+        for tokens in shorter:
+            if need := find(service, tokens):
+                ways.append(f"max_model_len {tokens} fits ({words(need.shape)})")
+                break
+            if need := find(free, tokens):
+                layout = words(need.shape)
+                ways.append(f"max_model_len {tokens} fits with gpu_memory_utilization {need.utilization:g} ({layout})")
+                break
     if service.shape.quantization is None:
         for method, label, share in (("fp8", "8 bits (FP8)", 0.5), ("awq", "4 bits (AWQ, GPTQ)", 0.28)):
             weights = service.shape.parameters * 2 / 1024**3 * share

@@ -15,7 +15,7 @@ PARTS = (
     ("kv_cache_gib", "KV cache", "K", "#35b779"),
     ("activation_gib", "activations", "a", "#fde725"),
     ("cuda_graph_gib", "CUDA graphs", "g", "#d08a2e"),
-    ("non_torch_gib", "NCCL, buffers", "n", "#9b5fa5"),
+    ("non_torch_gib", "libraries", "n", "#9b5fa5"),
     ("outside_gib", "CUDA context", "c", "#6e4a7e"),
 )
 OTHERS = ("in use by others", "x", "#888888")
@@ -47,6 +47,16 @@ def _where(service: Plan) -> str:
     return ", ".join(
         f"{host} (GPU {', '.join(map(str, service['gpus'][host]))})" if service["gpus"].get(host) else f"{host} (CPU)"
         for host in service["hosts"]
+    )
+
+
+def _context(service: Plan) -> str:
+    memory = service["memory"]
+    text = f"{service['max_model_len']} tokens a request, {service['max_num_seqs']} requests at most"
+    if not memory["kv_cache_tokens"]:
+        return f"{text}, no cache needed"
+    return (
+        f"{text}, cache for {memory['kv_cache_tokens']} tokens: {memory['max_concurrency']:.2f} full requests at once"
     )
 
 
@@ -82,8 +92,7 @@ def as_text(plan: Plan) -> str:
             lines += [
                 f"  on       {_where(service)}",
                 f"  layout   {_layout(service)}, {where}",
-                f"  context  {service['max_model_len']} tokens a request, {service['max_num_seqs']} requests at most, "
-                f"cache for {memory['kv_cache_tokens']} tokens ({memory['max_concurrency']:.2f} full requests at once)",
+                f"  context  {_context(service)}",
                 f"  memory   {', '.join(f'{words} {size:.2f}' for words, _, size in _sizes(service))} "
                 f"= {memory['footprint_gib']:.2f} GiB{' on each GPU' if service['gpus'] else ''}",
             ]
@@ -177,7 +186,6 @@ def _service_html(service: Plan) -> str:
     ]
     rows = [("model", service["model"]), ("objective", service["objective"])]
     if service["instances"]:
-        memory = service["memory"]
         rows += [
             ("on", _where(service)),
             ("layout", _layout(service)),
@@ -186,11 +194,7 @@ def _service_html(service: Plan) -> str:
                 f"vLLM {service['engine_version']} {service['engine_core']}, {service['device']}, {service['runtime']}",
             ),
             ("image", service.get("image") or ""),
-            (
-                "context",
-                f"{service['max_model_len']} tokens; cache for {memory['kv_cache_tokens']} tokens, "
-                f"{memory['max_concurrency']:.2f} full requests at once",
-            ),
+            ("context", _context(service)),
             ("memory", ", ".join(f"{words} {size:.2f}" for words, _, size in _sizes(service)) + " GiB"),
         ]
     table = "".join(f"<tr><th>{escape(key)}</th><td>{escape(str(value))}</td></tr>" for key, value in rows if value)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -14,6 +14,8 @@ from .hardware import mapping, sequence, whole
 from .model import Config, ModelShape, parse_config
 from .tables import load, model_entry
 
+# vLLM takes a longer context than the model's own when this is set in its environment.
+STRETCH = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 OBJECTIVES = ("throughput", "latency")
 DTYPES = ("auto", "float16", "half", "bfloat16", "float32", "float")
 # Keys that the planner reads. Others belong to the roles that serve the model and are left alone.
@@ -226,6 +228,9 @@ def parse_service(raw: object, number: int) -> Service:
     port = item.get("port")
     if port is not None and whole(port, f"{field}.port", 1) > 65535:
         raise PlanError(f"{field}.port", port, "give a port from 1 to 65535")
+    length = _positive(item, "max_model_len", field)
+    if length and STRETCH in env and shape.max_position:
+        shape = replace(shape, max_position=max(length, shape.max_position))
     return Service(
         name=name,
         model=model,
@@ -235,7 +240,7 @@ def parse_service(raw: object, number: int) -> Service:
         entry=entry,
         config_from=config_from,
         objective=_one_of(item, "objective", field, OBJECTIVES, "throughput") or "throughput",
-        max_model_len=_positive(item, "max_model_len", field),
+        max_model_len=length,
         min_concurrency=_number(item, "min_concurrency", field) or 1.0,
         gpu_count=count,
         gpu_indices=indices,
@@ -262,6 +267,11 @@ def parse_service(raw: object, number: int) -> Service:
         trust_remote_code=bool(_flag(item, "trust_remote_code", field)),
         expert_parallel=_flag(item, "enable_expert_parallel", field),
     )
+
+
+def beyond_the_model(service: Service) -> bool:
+    """It asks for a longer context than the model's own."""
+    return service.max_model_len is not None and 0 < service.shape.max_position < service.max_model_len
 
 
 def parse_services(raw: object) -> list[Service]:

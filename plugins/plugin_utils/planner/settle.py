@@ -289,7 +289,7 @@ def _why_parallel(task: Task, settled: Mapping[str, Any]) -> list[str]:
                 service.shape, size, engine_version=need.engine.version, quantization=service.quantization
             )[:1]
         smaller = [size for size in valid_tp(service, need.engine) if size < min(tp * pp, need.shape.world)]
-        if smaller:
+        if smaller and not instance.widened:
             why.append(f"TP {smaller[-1]} does not hold the weights and a context of {need.max_model_len} tokens")
     if pp > 1 and len(instance.hosts) > 1:
         speed = f" ({host.network_mbps} Mb/s)" if host.network_mbps else ""

@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,20 +13,7 @@ from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner import engi
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.model import parse_config
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.tables import FOLDER, load, model_entry
 
-ROOT = Path(__file__).parents[5]
 ROWS = [(name, row) for name in ("gpus", "engines") for row in load(name)[name]]
-
-
-def real_python() -> str | None:
-    """An interpreter that has vLLM: BAREMETAL_VLLM_PYTHON, or that of the quickstart."""
-    named = os.environ.get("BAREMETAL_VLLM_PYTHON")
-    quickstart = ROOT / ".quickstart/venv/bin/python"
-    return named or (str(quickstart) if quickstart.exists() else None)
-
-
-needs_vllm = pytest.mark.skipif(
-    real_python() is None, reason="NO VLLM: the real parser was not asked. Name an interpreter in BAREMETAL_VLLM_PYTHON"
-)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yml")))
@@ -99,24 +83,8 @@ def test_a_model_is_found_by_its_id_its_path_and_another_publisher() -> None:
     assert model_entry("Qwen/Qwen2.5-14B-GPTQ") is None
 
 
-REAL_OPTIONS = """
-import json
-from vllm import __version__
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
-parser = make_arg_parser(FlexibleArgumentParser())
-options = {name: action.nargs for action in parser._actions for name in action.option_strings}
-print("OPTIONS", json.dumps([__version__, options]))
-"""
-
-
-@needs_vllm
-def test_flags_are_exactly_those_of_the_installed_vllm() -> None:
-    run = subprocess.run([str(real_python()), "-c", REAL_OPTIONS], capture_output=True, text=True, timeout=300)
-    line = next((line for line in run.stdout.splitlines() if line.startswith("OPTIONS ")), None)
-    assert line, run.stderr[-2000:]
-    version, options = json.loads(line.removeprefix("OPTIONS "))
-    version = version.split("+")[0]
+def test_flags_are_exactly_those_of_the_installed_vllm(ask_vllm: Any) -> None:
+    version, options, _ = ask_vllm([])
     real = {name for name in options if not name.startswith("--no-")} - {"-h", "--help"}
     assert {name for name in load("flags")["flags"] if engines.has_flag(version, name)} == real
     negated = {f"--{name[5:]}" for name in options if name.startswith("--no-")}

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Which layout is chosen, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.errors import PlanError
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.hardware import hosts_from_text
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.plan import make_plan
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.tables import load
+
+SMALL = "Qwen/Qwen2.5-1.5B"
+MIDDLE = "Qwen/Qwen2.5-7B-Instruct"
+LARGE = "Qwen/Qwen3-32B"
+
+
+def plan(there: Any, *services: dict[str, Any]) -> dict[str, Any]:
+    named = [{"name": f"service{number}", **service} for number, service in enumerate(services)]
+    return make_plan(named, hosts_from_text(there) if isinstance(there, str) else there)
+
+
+def one(there: Any, **service: Any) -> dict[str, Any]:
+    row: dict[str, Any] = plan(there, {"model": MIDDLE, **service})["services"][0]
+    return row
+
+
+def value(row: dict[str, Any], flag: str) -> str | None:
+    return row["args"][row["args"].index(flag) + 1] if flag in row["args"] else None
+
+
+def sizes(row: dict[str, Any]) -> tuple[int, int, int]:
+    return row["tensor_parallel_size"], row["pipeline_parallel_size"], row["data_parallel_size"]
+
+
+# ------------------------------------------------------------------------------------------------ objectives
+
+
+def test_spare_gpus_become_replicas_for_throughput_and_width_for_latency() -> None:
+    assert sizes(one("4x H200", objective="throughput")) == (1, 1, 4)
+    assert sizes(one("4x H200", objective="latency")) == (4, 1, 1)
+
+
+def test_width_stops_at_what_the_model_allows() -> None:
+    row = one("8x H200", objective="latency")  # 28 heads, 4 of them KV: TP 8 is not possible
+    assert sizes(row) == (4, 1, 1)
+
+
+def test_no_more_gpus_than_needed_when_others_want_them_too() -> None:
+    result = plan("4x H200", {"model": MIDDLE}, {"model": LARGE})
+    assert result["fits"]
+    assert sorted(len(row["gpus"]["host1"]) for row in result["services"]) == [2, 2]
+
+
+def test_the_smallest_tp_that_holds_it() -> None:
+    row = one("4x L40S", model=LARGE, max_model_len=8192, objective="throughput")
+    assert sizes(row) == (2, 1, 2)
+    assert any("TP 1 does not hold the weights" in line for line in row["why"])
+
+
+def test_embedding_models_are_not_replicated() -> None:
+    assert sizes(one("4x A10", model="BAAI/bge-m3")) == (1, 1, 1)
+
+
+# --------------------------------------------------------------------------------------------- what is set is kept
+
+
+@pytest.mark.parametrize(
+    ("setting", "flag", "given"),
+    [
+        ("tensor_parallel_size", "--tensor-parallel-size", 2),
+        ("pipeline_parallel_size", "--pipeline-parallel-size", 2),
+        ("data_parallel_size", "--data-parallel-size", 3),
+        ("gpu_memory_utilization", "--gpu-memory-utilization", 0.77),
+        ("max_model_len", "--max-model-len", 5000),
+        ("max_num_seqs", "--max-num-seqs", 33),
+        ("max_num_batched_tokens", "--max-num-batched-tokens", 3333),
+        ("dtype", "--dtype", "float16"),
+        ("port", "--port", 9000),
+        ("served_model_name", "--served-model-name", "chat"),
+        ("kv_cache_dtype", "--kv-cache-dtype", "fp8"),
+    ],
+)
+def test_what_is_set_is_kept(setting: str, flag: str, given: Any) -> None:
+    row = one("4x H200", **{setting: given})
+    assert row["fits"], row["problems"]
+    assert value(row, flag) == str(given)
+
+
+def test_eager_mode_is_kept_when_asked_for_and_not_chosen_otherwise() -> None:
+    assert "--enforce-eager" in one("1x H200", enforce_eager=True)["args"]
+    assert "--enforce-eager" not in one("1x H200")["args"]
+
+
+def test_a_number_of_gpus_is_used_up() -> None:
+    assert sizes(one("8x H200", gpus=4, objective="throughput")) == (1, 1, 4)
+    assert sizes(one("8x H200", gpus=4, objective="latency")) == (4, 1, 1)
+    assert one("8x H200", gpus=3, objective="latency")["data_parallel_size"] == 3  # TP 3 is not possible
+
+
+def test_gpus_by_index_are_those() -> None:
+    row = one("4x H200", gpus=[1, 3])
+    assert row["gpus"] == {"host1": [1, 3]}
+
+
+def test_hosts_by_name_are_all_used() -> None:
+    row = one("3x(2x A10)", hosts=["host1", "host3"], max_model_len=4096)
+    assert row["hosts"] == ["host1", "host3"]
+    assert [instance["hosts"] for instance in row["instances"]] == [["host1"], ["host3"]]
+
+
+def test_extra_arguments_come_last_and_env_goes_through() -> None:
+    row = one("1x H200", extra_args=["--seed", "7"], env={"A": 1})
+    assert row["args"][-2:] == ["--seed", "7"]
+    assert row["env"] == {"A": "1"}
+
+
+def test_an_extra_argument_that_the_plan_decides_is_refused() -> None:
+    row = one("2x H200", extra_args=["--tensor-parallel-size", "2"])
+    assert "set tensor_parallel_size of the service instead" in row["problems"][0]
+
+
+def test_an_extra_argument_that_the_release_lacks_is_refused_with_its_replacement() -> None:
+    row = one("2x H200", extra_args=["--num-scheduler-steps", "8"])
+    assert "0.10.0 is the last with it; use --async-scheduling" in row["problems"][0]
+
+
+def test_ports_differ() -> None:
+    result = plan("4x A10", {"model": SMALL}, {"model": SMALL, "port": 8000}, {"model": SMALL})
+    assert [row["port"] for row in result["services"]] == [8001, 8000, 8002]
+
+
+# ------------------------------------------------------------------------------------------------------- sharing
+
+
+def test_two_services_share_one_gpu_and_leave_nothing_negative() -> None:
+    result = plan("1x A10", {"model": SMALL}, {"model": "BAAI/bge-m3"})
+    assert result["fits"], result["problems"]
+    assert len(result["gpus"][0]["services"]) == 2
+    assert result["gpus"][0]["free_gib"] >= 0
+    assert sum(row["gpu_memory_utilization"] for row in result["services"]) < 1
+    assert any("shares GPUs with service1" in line for line in result["services"][0]["why"])
+
+
+def test_a_release_that_counts_others_as_its_own_does_not_share() -> None:
+    pinned = {"engine_version": "0.8.5", "max_model_len": 2048}
+    result = plan("1x A100-80GB", {"model": SMALL, **pinned}, {"model": MIDDLE, **pinned})
+    assert any("counts the memory of" in problem for problem in result["problems"])
+
+
+def test_memory_in_use_is_left_alone() -> None:
+    hosts = hosts_from_text("1x A10")
+    alone = one(hosts, max_model_len=4096)
+    hosts[0]["gpus"][0]["memory_used_mib"] = 2048
+    beside = one(hosts, max_model_len=4096)
+    assert beside["fits"], beside["problems"]
+    assert beside["gpu_memory_utilization"] < alone["gpu_memory_utilization"]
+    assert any("in use by others" in line for line in beside["why"])
+    hosts[0]["gpus"][0]["memory_used_mib"] = 12000
+    full = one(hosts, max_model_len=4096)
+    assert not full["fits"]
+
+
+def test_a_busy_gpu_is_avoided() -> None:
+    hosts = hosts_from_text("2x A10")
+    hosts[0]["gpus"][0]["memory_used_mib"] = 12000
+    assert one(hosts, max_model_len=4096, data_parallel_size=1)["gpus"] == {"host1": [1]}
+
+
+# ------------------------------------------------------------------------------------------------ unlike hardware
+
+
+def test_unlike_gpus_do_not_work_together() -> None:
+    row = one("1x H200 + 2x L4", objective="latency")
+    assert len({(host, index) for host, indices in row["gpus"].items() for index in indices}) in (1, 2)
+    assert row["gpus"] in ({"host1": [0]}, {"host1": [1, 2]})
+    assert any("unlike GPUs" in line for line in row["why"])
+
+
+def test_unlike_gpus_by_index_are_refused() -> None:
+    row = one("1x H200 + 1x L4", gpus=[0, 1], tensor_parallel_size=2)
+    assert not row["fits"]
+
+
+def test_mig_slices_hold_engines_of_one_gpu_only() -> None:
+    hosts = hosts_from_text("1x H100")
+    part = {"profile": "3g.40gb", "memory_total_mib": 40320}
+    hosts[0]["gpus"][0] |= {"mig": True, "mig_devices": [{**part, "uuid": f"MIG-{n}"} for n in (1, 2)]}
+    row = one(hosts, max_model_len=4096)
+    assert row["fits"], row["problems"]
+    assert sizes(row) == (1, 1, 1)
+    assert row["gpu_uuids"]["host1"][0].startswith("MIG-")
+    assert not one(hosts, model=LARGE, max_model_len=4096)["fits"]
+
+
+def test_without_nvlink_custom_all_reduce_is_off() -> None:
+    assert "--disable-custom-all-reduce" not in one("2x H200", tensor_parallel_size=2)["args"]
+    assert "--disable-custom-all-reduce" in one("2x L40S", tensor_parallel_size=2)["args"]
+
+
+def test_without_p2p_the_pipeline_comes_first_for_throughput() -> None:
+    asked = {"model": LARGE, "max_model_len": 8192, "gpus": 2}
+    assert sizes(one("2x L40S no-p2p", **asked)) == (1, 2, 1)
+    assert sizes(one("2x L40S no-p2p", **asked, objective="latency")) == (2, 1, 1)
+    assert sizes(one("2x L40S", **asked)) == (2, 1, 1)
+
+
+def test_an_old_driver_gets_the_image_for_it() -> None:
+    hosts = hosts_from_text("1x H100")
+    hosts[0]["driver_version"] = "575.64.03"
+    assert one(hosts)["image"].endswith("-cu129")
+    assert one(hosts, runtime="venv")["image"] is None
+
+
+def test_a_gpu_that_nothing_supports_is_refused() -> None:
+    row = one("1x P100-PCIE-16GB")
+    assert "compute capability 6.0" in row["problems"][0]
+
+
+# -------------------------------------------------------------------------------------------------- several hosts
+
+
+def test_pipeline_between_hosts_tensor_inside() -> None:
+    row = one("2x(8x A100-80GB)", model="deepseek-ai/DeepSeek-R1", max_model_len=4096)
+    assert row["fits"], row["problems"]
+    assert sizes(row) == (8, 2, 1)
+    assert row["hosts"] == ["host1", "host2"]
+    assert row["executor"] == "ray" and not row["ray_in_image"]
+    assert any("comes without Ray" in line for line in row["why"])
+
+
+def test_multiprocessing_across_hosts_has_arguments_for_each() -> None:
+    row = one("2x(8x A100-80GB)", model="deepseek-ai/DeepSeek-R1", max_model_len=4096, executor="mp")
+    nodes = row["instances"][0]["node_args"]
+    assert list(nodes) == ["host1", "host2"]
+    assert "--headless" in nodes["host2"] and "--headless" not in nodes["host1"]
+    assert nodes["host2"][nodes["host2"].index("--node-rank") + 1] == "1"
+    assert "--distributed-executor-backend" not in row["args"]
+
+
+def test_replicas_on_further_hosts_are_servers_of_their_own() -> None:
+    row = one("3x(1x H200)")
+    assert row["hosts"] == ["host1", "host2", "host3"]
+    assert len(row["instances"]) == 3
+
+
+def test_the_order_of_hosts_does_not_matter() -> None:
+    hosts = hosts_from_text("2x(2x A10), 1x(4x H200), 1x(1x L4)")
+    services = ({"model": MIDDLE}, {"model": LARGE}, {"model": "BAAI/bge-m3"})
+    assert plan(hosts, *services) == plan(list(reversed(hosts)), *services)
+
+
+# --------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_refusal_has_the_arithmetic_and_ways_out() -> None:
+    row = one("1x A10", model=LARGE, max_model_len=8192)
+    assert not row["fits"] and row["hosts"] == [] and row["args"] == []
+    assert "GiB" in row["problems"][0]
+    assert any("bits" in problem for problem in row["problems"]), row["problems"]
+    assert any("such GPUs hold it" in problem for problem in row["problems"]), row["problems"]
+
+
+def test_fewer_tokens_are_named_when_they_help() -> None:
+    row = one("1x A10", max_model_len=32768, min_concurrency=8)
+    assert not row["fits"]
+    length = next(problem.split()[1] for problem in row["problems"] if problem.startswith("max_model_len"))
+    assert one("1x A10", max_model_len=int(length), min_concurrency=8)["fits"]
+
+
+def test_a_context_beyond_the_models_is_refused_unless_allowed() -> None:
+    row = one("1x H200", max_model_len=50000)
+    assert "more than the model's own 32768" in row["problems"][0]
+    assert one("1x H200", max_model_len=50000, env={"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"})["fits"]
+
+
+def test_more_gpus_than_there_are() -> None:
+    assert (
+        "8 GPUs are asked for and 2 of one kind are there"
+        in one("2x A10", tensor_parallel_size=4, data_parallel_size=2)["problems"][0]
+    )
+
+
+def test_one_that_does_not_fit_does_not_spoil_the_others() -> None:
+    result = plan("1x A10", {"model": "deepseek-ai/DeepSeek-R1"}, {"model": SMALL})
+    assert [row["fits"] for row in result["services"]] == [False, True]
+    assert not result["fits"] and result["problems"][0].startswith("service0: ")
+
+
+# -------------------------------------------------------------------------------------------------------------- CPU
+
+CPU = [{"name": "box", "gpus": [], "cpu": {"cores": 2, "memory_total_mib": 24000, "memory_available_mib": 20000}}]
+
+
+def test_a_host_without_gpus_serves_from_memory() -> None:
+    row = one(CPU, model=SMALL, max_model_len=2048, runtime="venv")
+    assert row["fits"], row["problems"]
+    assert row["device"] == "cpu" and row["engine_version"] == load("engines")["default_version"]["cpu"]
+    assert value(row, "--dtype") == "bfloat16" and "--gpu-memory-utilization" not in row["args"]
+    assert 1 <= int(row["env"]["VLLM_CPU_KVCACHE_SPACE"]) <= 4
+    assert row["memory"]["requested_gib"] < 20000 / 1024
+    assert row["instances"][0]["hosts"] == ["box"]
+
+
+def test_what_the_memory_cannot_hold_is_refused() -> None:
+    row = one(CPU, model=LARGE, max_model_len=2048)
+    assert "GiB of weights" in row["problems"][0] and "19.53 GiB are available" in row["problems"][0]
+
+
+def test_services_on_one_cpu_share_its_memory() -> None:
+    small = {"model": SMALL, "max_model_len": 2048}
+    result = plan(CPU, *[small] * 2)
+    assert result["fits"], result["problems"]
+    assert not plan(CPU, *[small] * 6)["fits"]
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"name": ""}, r"vllm_services\[0\]\.name is ''"),
+        ({"model": None}, r"vllm_services\[a\]\.model is None"),
+        ({"model": "some/model"}, r"vllm_services\[a\]\.config is None; give the model's config.json"),
+        ({"config": {"hello": 1}}, r"vllm_services\[a\]\.config"),
+        ({"config": "x"}, "give a mapping"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5; give a number above 0 and at most 1"),
+        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization is 0"),
+        ({"gpu_memory_utilization": "high"}, "gpu_memory_utilization is 'high'"),
+        ({"gpu_memory_utilization": True}, "gpu_memory_utilization is True"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0; give a whole number of at least 1"),
+        ({"tensor_parallel_size": 1.5}, "tensor_parallel_size is 1.5"),
+        ({"max_model_len": -1}, "max_model_len is -1"),
+        ({"max_num_seqs": "many"}, "max_num_seqs is 'many'"),
+        ({"min_concurrency": 0}, "min_concurrency is 0"),
+        ({"weights_gib": -3}, "weights_gib is -3"),
+        ({"gpus": 0}, "gpus is 0; give a whole number of at least 1"),
+        ({"gpus": []}, "give a number of GPUs, or a list of different indices"),
+        ({"gpus": [0, 0]}, "give a number of GPUs, or a list of different indices"),
+        ({"hosts": ["nobody"]}, r"vllm_services\[a\]\.hosts is 'nobody'; no such host; there are host1"),
+        ({"hosts": []}, "give the names of hosts"),
+        ({"engine_version": "9.9.9"}, r"vllm_services\[a\]\.engine_version is '9.9.9'; no such vLLM release"),
+        ({"objective": "speed"}, "objective is 'speed'; give one of throughput, latency"),
+        ({"dtype": "int4"}, "dtype is 'int4'"),
+        ({"runtime": "podman"}, "runtime is 'podman'; give one of container, venv"),
+        ({"executor": "slurm"}, "executor is 'slurm'; give one of ray, mp"),
+        ({"port": 70000}, "port is 70000; give a port from 1 to 65535"),
+        ({"enforce_eager": "perhaps"}, "enforce_eager is 'perhaps'; give true or false"),
+        ({"max_model_length": 4096}, "there is no such setting; did you mean max_model_len?"),
+        ({"tensor_paralel_size": 2}, "did you mean tensor_parallel_size?"),
+        ({"extra_args": 5}, "extra_args is 5; give a list"),
+        ({"env": ["A"]}, "env is .*give a mapping"),
+    ],
+)
+def test_bad_services_are_refused_by_name(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(PlanError, match=text):
+        make_plan([{"name": "a", "model": SMALL, **changes}], hosts_from_text("1x A10"))
+
+
+@pytest.mark.parametrize(
+    ("services", "text"),
+    [
+        ([], "vllm_services is .*give at least one service"),
+        ("chat", "give a list"),
+        ([5], "give a mapping"),
+        ([{"name": "a", "model": SMALL}] * 2, "two services have this name"),
+    ],
+)
+def test_bad_lists_of_services_are_refused(services: Any, text: str) -> None:
+    with pytest.raises(PlanError, match=text):
+        make_plan(services, hosts_from_text("1x A10"))

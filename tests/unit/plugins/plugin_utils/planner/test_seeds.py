@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The deployments that inventories/ holds, against what reality said of them: each README there has the numbers."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.hardware import hosts_from_text
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.plan import make_plan
+
+TWO_V100 = "2x V100-PCIE-16GB no-p2p"
+# What the hand-made deployment started Qwen2.5-14B with, after vLLM had refused everything roomier.
+TIGHT = {
+    "engine_version": "0.3.0",
+    "tensor_parallel_size": 2,
+    "gpu_memory_utilization": 0.995,
+    "max_model_len": 400,
+    "max_num_batched_tokens": 400,
+    "max_num_seqs": 16,
+    "enforce_eager": True,
+    "extra_args": ["--swap-space", "4", "--max-paddings", "16"],
+}
+
+
+def plan(gpus: str, *services: dict[str, Any]) -> dict[str, Any]:
+    named = [{"name": f"service{number}", **service} for number, service in enumerate(services)]
+    return make_plan(named, hosts_from_text(gpus))
+
+
+def one(gpus: str, **service: Any) -> dict[str, Any]:
+    row: dict[str, Any] = plan(gpus, service)["services"][0]
+    return row
+
+
+class TestV100:
+    """Three hosts of two V100-PCIE-16GB without P2P."""
+
+    def test_14b_starts_on_one_host_with_400_tokens_and_0995(self) -> None:
+        row = one(TWO_V100, model="Qwen/Qwen2.5-14B", **TIGHT)
+        assert row["fits"], row["problems"]
+        assert row["dtype"] == "float16"
+        assert "--disable-custom-all-reduce" in row["args"]
+        assert row["image"] == "vllm/vllm-openai:v0.3.0"
+        assert row["memory"]["kv_cache_tokens"] >= 400
+
+    @pytest.mark.parametrize("utilization", [0.8, 0.9])
+    def test_14b_does_not_start_with_an_ordinary_utilization(self, utilization: float) -> None:
+        row = one(TWO_V100, model="Qwen/Qwen2.5-14B", **{**TIGHT, "gpu_memory_utilization": utilization})
+        assert not row["fits"]
+        assert any("utilization" in problem or "fits" in problem for problem in row["problems"][1:]), row["problems"]
+
+    @pytest.mark.parametrize("utilization", [0.98, 0.995])
+    def test_14b_does_not_start_with_an_ordinary_batch(self, utilization: float) -> None:
+        usual = {"max_model_len": 4096, "max_num_batched_tokens": 4096, "max_num_seqs": 256}
+        row = one(TWO_V100, model="Qwen/Qwen2.5-14B", **{**TIGHT, **usual, "gpu_memory_utilization": utilization})
+        assert not row["fits"]
+        assert "no memory is left for the KV cache" in row["problems"][0]
+
+    @pytest.mark.parametrize("model", ["Qwen/Qwen2.5-32B", "Qwen/Qwen3-32B"])
+    def test_32b_does_not_fit_on_two(self, model: str) -> None:
+        row = one(TWO_V100, model=model, max_model_len=400)
+        assert not row["fits"]
+        assert "GiB" in row["problems"][0]
+
+    def test_32b_fits_on_all_six_through_the_pipeline(self) -> None:
+        row = one("3x(2x V100-PCIE-16GB no-p2p)", model="Qwen/Qwen2.5-32B", max_model_len=4096)
+        assert row["fits"], row["problems"]
+        assert (row["tensor_parallel_size"], row["pipeline_parallel_size"]) == (2, 3)
+        assert row["executor"] == "ray" and row["ray_in_image"]
+        assert row["args"][row["args"].index("--distributed-executor-backend") + 1] == "ray"
+
+    @pytest.mark.parametrize("model", ["Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-14B", "tiiuae/falcon-7b"])
+    def test_tp_6_is_not_possible(self, model: str) -> None:
+        row = one("3x(2x V100-PCIE-16GB)", model=model, tensor_parallel_size=6)
+        assert not row["fits"]
+        assert row["problems"][0].startswith("TP 6 is not possible")
+
+    def test_the_release_is_the_last_that_supports_the_gpu(self) -> None:
+        row = one(TWO_V100, model="Qwen/Qwen2.5-7B-Instruct", max_model_len=4096)
+        assert row["fits"], row["problems"]
+        assert row["engine_version"] == "0.8.5.post1"
+        assert row["env"]["VLLM_USE_V1"] == "0"
+        assert row["dtype"] == "float16"
+        assert not row["enforce_eager"]
+
+    def test_the_image_that_was_tried_in_vain_is_refused(self) -> None:
+        row = one(TWO_V100, model="Qwen/Qwen2.5-7B", engine_version="0.10.1.1")
+        assert "no code for compute capability 7.0" in row["problems"][0]
+        assert "engine_version 0.8.5.post1 can" in row["problems"]
+
+    def test_flags_that_0_3_0_did_not_know_are_refused(self) -> None:
+        wrong = ["--distributed-executor-backend", "ray", "--enable-chunked-prefill", "False"]
+        row = one(TWO_V100, model="Qwen/Qwen2.5-1.5B", engine_version="0.3.0", extra_args=wrong)
+        assert any("set executor of the service instead" in problem for problem in row["problems"])
+        assert any("no --enable-chunked-prefill: it came with 0.4.1" in problem for problem in row["problems"])
+
+    def test_qwen3_was_not_known_to_0_3_0(self) -> None:
+        row = one(TWO_V100, model="Qwen/Qwen3-14B", engine_version="0.3.0")
+        assert "does not know Qwen3ForCausalLM: it came with 0.8.4" in row["problems"][0]
+
+
+class TestA10:
+    """Four A10: a 32B model, an embedding model and a reranker."""
+
+    CHAT: ClassVar[dict[str, Any]] = {"model": "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", "max_model_len": 16384}
+    BESIDE = ({"model": "BAAI/bge-m3"}, {"model": "BAAI/bge-reranker-base"})
+
+    def test_tp_3_is_not_possible_and_what_is(self) -> None:
+        row = plan("4x A10", {**self.CHAT, "tensor_parallel_size": 3}, *self.BESIDE)["services"][0]
+        assert not row["fits"]
+        assert "TP 3 is not possible: 40 attention heads" in row["problems"][0]
+        assert "ossible: 1, 2, 4, 8" in row["problems"][0]
+
+    def test_all_three_fit_together_with_tp_4(self) -> None:
+        result = plan("4x A10", self.CHAT, *self.BESIDE)
+        assert result["fits"], result["problems"]
+        chat, embed, rank = result["services"]
+        assert chat["tensor_parallel_size"] == 4
+        assert chat["max_model_len"] == 16384
+        assert not chat["enforce_eager"]
+        assert "TP 3 is not possible: 40 attention heads" in chat["why"]
+        assert embed["memory"]["kv_cache_tokens"] == rank["memory"]["kv_cache_tokens"] == 0
+        for gpu in result["gpus"]:
+            assert gpu["free_gib"] >= 0, gpu
+
+    def test_the_release_of_the_source_and_its_flags(self) -> None:
+        row = one("4x A10", **{**self.CHAT, "engine_version": "0.7.2"})
+        assert row["fits"], row["problems"]
+        assert row["args"][0] == "--model"
+        assert not any(flag in row["args"] for flag in ("--runner", "--data-parallel-size"))
+        # 0.7.2 wants a second flag beside the parser: leaving the parser out is no option for a reasoning model.
+        assert "--reasoning-parser" in row["args"]
+
+
+class TestDeepSeekR1:
+    """641 GiB of weights on four A100-80G."""
+
+    def test_it_cannot_fit(self) -> None:
+        row = one("4x A100-80GB", model="/data/models/DeepSeek-R1", max_model_len=4096, tensor_parallel_size=4)
+        assert not row["fits"]
+        assert "weights 161." in row["problems"][0]  # GiB on each of four GPUs of 80
+        assert any("16 such GPUs hold it (TP 8 x PP 2)" in problem for problem in row["problems"]), row["problems"]
+
+    def test_it_fits_on_eight_h200(self) -> None:
+        row = one("8x H200", model="deepseek-ai/DeepSeek-R1", max_model_len=32768)
+        assert row["fits"], row["problems"]
+        assert row["tensor_parallel_size"] == 8
+
+    def test_its_distillate_fits_on_the_four(self) -> None:
+        assert one("4x A100-80GB", model="deepseek-ai/DeepSeek-R1-Distill-Qwen-32B")["fits"]
+
+
+class TestStep35Flash:
+    """Eight GPUs of 80 GB: the FP8 weights are quantized in blocks of 128, which 1280 / TP must keep whole."""
+
+    @pytest.mark.parametrize("tp", [4, 8])
+    def test_fp8_cannot_be_split_by_4_or_8(self, tp: int) -> None:
+        row = one(
+            "8x A100-80GB", model="stepfun-ai/Step-3.5-Flash-FP8", trust_remote_code=True, tensor_parallel_size=tp
+        )
+        assert not row["fits"]
+        assert f"TP {tp} is not possible" in row["problems"][0]
+        assert "ossible: 1, 2" in row["problems"][0] and "expert parallel" in row["problems"][0]
+
+    def test_fp8_is_planned_with_its_experts_spread_over_all(self) -> None:
+        row = one("8x A100-80GB", model="stepfun-ai/Step-3.5-Flash-FP8", trust_remote_code=True, max_model_len=65536)
+        assert row["fits"], row["problems"]
+        assert row["tensor_parallel_size"] in (1, 2)
+        assert row["tensor_parallel_size"] * row["data_parallel_size"] == 8
+        assert row["enable_expert_parallel"] and "--enable-expert-parallel" in row["args"]
+
+    def test_bf16_fits_with_tp_8(self) -> None:
+        row = one("8x A100-80GB", model="stepfun-ai/Step-3.5-Flash", trust_remote_code=True, max_model_len=65536)
+        assert row["fits"], row["problems"]
+        assert row["tensor_parallel_size"] == 8
+        assert row["args"][row["args"].index("--tool-call-parser") + 1] == "step3p5"
+
+    def test_its_code_must_be_allowed(self) -> None:
+        row = one("8x A100-80GB", model="stepfun-ai/Step-3.5-Flash", max_model_len=65536)
+        assert any("set trust_remote_code: true" in problem for problem in row["problems"])
+
+
+class TestStep3VL:
+    """Two cards of 22 GB of the Turing generation."""
+
+    ASKED: ClassVar[dict[str, Any]] = {
+        "model": "stepfun-ai/Step3-VL-10B",
+        "trust_remote_code": True,
+        "gpu_memory_utilization": 0.85,
+    }
+
+    def test_it_fits_as_it_was_run(self) -> None:
+        row = one("2x RTX-2080-Ti-22GB", **self.ASKED, tensor_parallel_size=2, max_model_len=4096)
+        assert row["fits"], row["problems"]
+        assert row["dtype"] == "float16"
+        assert "--trust-remote-code" in row["args"]
+        assert "--disable-custom-all-reduce" in row["args"]
+
+    def test_the_release_before_its_class_is_refused(self) -> None:
+        row = one("2x RTX-2080-Ti-22GB", **self.ASKED, engine_version="0.14.1")
+        assert "it came with 0.16.0" in row["problems"][0]
