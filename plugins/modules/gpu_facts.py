@@ -26,8 +26,8 @@ options:
     default: 30
   own_paths:
     description:
-      - Folders of servers that are being managed. Memory of processes that work below one of them is not counted as used,
-        so that a running service can be planned again.
+      - Folders of servers that are being managed. Memory of processes that work below one of them, on GPUs and in RAM, is
+        not counted as used, so that a running service can be planned again.
     type: list
     elements: path
     default: []
@@ -173,18 +173,36 @@ def parse_gpus(text):
     return gpus
 
 
-def own_memory(text, own_paths):
-    """MiB by GPU uuid that processes below own_paths hold, from `--query-compute-apps=gpu_uuid,pid,used_memory`."""
+def own_processes(own_paths):
+    """Process ids, as text, of processes that work below own_paths."""
+    found = set()
+    for link in glob.glob("/proc/[0-9]*/cwd") if own_paths else []:
+        try:
+            folder = os.readlink(link)
+        except OSError:
+            continue  # it has gone, or is another user's
+        if any(folder == path or folder.startswith(path.rstrip("/") + "/") for path in own_paths):
+            found.add(link.split("/")[2])
+    return found
+
+
+def held_on_gpus(text, processes):
+    """MiB by GPU uuid that the processes hold, from `--query-compute-apps=gpu_uuid,pid,used_memory`."""
     held = {}
     for row in csv.reader(text.strip().splitlines(), skipinitialspace=True):
         try:
             uuid, pid, used = row[0], row[1].strip(), int(row[2])
-            folder = os.readlink("/proc/%s/cwd" % pid)
-        except (IndexError, ValueError, OSError):
-            continue  # no process, memory that the driver does not tell, or a process of somebody else
-        if any(folder == path or folder.startswith(path.rstrip("/") + "/") for path in own_paths):
+        except (IndexError, ValueError):
+            continue  # no process, or memory that the driver does not tell
+        if pid in processes:
             held[uuid] = held.get(uuid, 0) + used
     return held
+
+
+def held_in_ram(processes):
+    """MiB of memory that only these processes hold; shared pages are divided among those that share them."""
+    sizes = [re.search(r"^Pss:\s+(\d+) kB", read("/proc/%s/smaps_rollup" % pid), re.M) for pid in processes]
+    return sum(int(size.group(1)) for size in sizes if size) // 1024
 
 
 def parse_matrix(text, count):
@@ -221,16 +239,18 @@ def pci_gpus(sysfs):
     return found
 
 
-def cpu_facts():
+def cpu_facts(processes):
     memory = dict(re.findall(r"^(\w+):\s+(\d+) kB", read("/proc/meminfo"), re.M))
+    total = int(memory.get("MemTotal", 0)) // 1024
     return {
         "cores": len(os.sched_getaffinity(0)),
-        "memory_total_mib": int(memory.get("MemTotal", 0)) // 1024,
-        "memory_available_mib": int(memory.get("MemAvailable", 0)) // 1024,
+        "memory_total_mib": total,
+        "memory_available_mib": min(total, int(memory.get("MemAvailable", 0)) // 1024 + held_in_ram(processes)),
     }
 
 
 def collect(nvidia_smi, timeout, sysfs, own_paths=()):
+    processes = own_processes(own_paths)
     facts = {
         "device": "cpu",
         "driver_version": None,
@@ -238,7 +258,7 @@ def collect(nvidia_smi, timeout, sysfs, own_paths=()):
         "links": [],
         "p2p": [],
         "pci": pci_gpus(sysfs),
-        "cpu": cpu_facts(),
+        "cpu": cpu_facts(processes),
         "problem": "",
     }
     try:
@@ -250,9 +270,9 @@ def collect(nvidia_smi, timeout, sysfs, own_paths=()):
                 del gpu["driver_version"]
             facts["gpus"] = gpus
             facts["device"] = "cuda"
-        if gpus and own_paths:
+        if gpus and processes:
             apps = ["--query-compute-apps=gpu_uuid,pid,used_memory", "--format=csv,noheader,nounits"]
-            held = own_memory(smi(nvidia_smi, apps, timeout), own_paths)
+            held = held_on_gpus(smi(nvidia_smi, apps, timeout), processes)
             for gpu in gpus:
                 gpu["memory_used_mib"] = max(0, gpu["memory_used_mib"] - held.get(gpu["uuid"], 0))
         if len(gpus) > 1:
