@@ -31,8 +31,8 @@ PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 def run(*argv):
     """Standard output of a command, or an empty string where it is missing, fails or hangs."""
     try:
-        done = subprocess.run(
-            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,  # noqa: UP021, UP022 - 3.6
+        done = subprocess.run(  # noqa: UP022 - Python 3.6 has no capture_output
+            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,  # noqa: UP021 - nor text
             timeout=20, env=dict(os.environ, LC_ALL="C", PATH=PATHS), check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
