@@ -4,10 +4,10 @@ MODEL ?=
 PORT ?=
 quickstart_vars := $(if $(MODEL),-e quickstart_model='$(MODEL)') $(if $(PORT),-e quickstart_port='$(PORT)')
 
-.PHONY: help quickstart quickstart-down plan test lint unit molecule
+.PHONY: help quickstart quickstart-down test lint unit quality integration molecule docker-here
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
+	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /  make \1\t/' | expand -t 44
 
 quickstart: ## Serve a model on this machine (MODEL=owner/name or /folder, PORT=8000)
 	@scripts/controller.sh requirements.txt
@@ -16,3 +16,19 @@ quickstart: ## Serve a model on this machine (MODEL=owner/name or /folder, PORT=
 quickstart-down: ## Stop what quickstart started (its files stay)
 	@scripts/controller.sh requirements.txt
 	@.venv/bin/ansible-playbook playbooks/teardown.yml -i inventories/quickstart $(quickstart_vars)
+
+test: ## Everything that needs no GPU (STAGES="lint unit quality integration molecule")
+	@scripts/controller.sh requirements-dev.txt
+	@.venv/bin/python tests/run.py $(STAGES)
+
+lint unit quality integration: ## One stage of test
+	@scripts/controller.sh requirements-dev.txt
+	@.venv/bin/python tests/run.py $@
+
+molecule: ## Container scenarios (SCENARIOS="docker docker_refusals")
+	@scripts/controller.sh requirements-dev.txt
+	@molecule/run.sh $(SCENARIOS)
+
+docker-here: ## Install and start Docker Engine on this machine through the role docker
+	@scripts/controller.sh requirements-dev.txt
+	@.venv/bin/ansible-playbook -i localhost, tests/integration/docker_here.yml

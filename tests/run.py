@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Runs the stages of `make test` one after the other and ends with one line of counts.
+
+    tests/run.py [STAGE...]     all of them without an argument
+
+A gate that fails does not stop the ones behind it. What a gate prints goes to .cache/test-logs/STAGE-GATE.log; of one
+that fails, the end is shown here too. The exit status is 1 if anything failed and 2 for a stage that does not exist.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+LOGS = ROOT / ".cache" / "test-logs"
+SHOWN_LINES = 80
+
+
+class Counts(NamedTuple):
+    """How many checks passed, failed and were left out."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+    def __add__(self, other: tuple[int, ...]) -> Counts:  # type: ignore[override]
+        return Counts(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+    def __str__(self) -> str:
+        return f"{self.passed} passed, {self.failed} failed" + (f", {self.skipped} skipped" if self.skipped else "")
+
+
+class Gate(NamedTuple):
+    """One command, and the seconds after which it is ended and counts as failed.
+
+    A command that holds the word {junit} is pytest and says there what it counted; one that ends with a line
+    `WORD: N passed, N failed` is believed; any other counts as one check.
+    """
+
+    name: str
+    command: list[str]
+    limit_s: int
+
+
+def pytest(folder: str, limit_s: int) -> Gate:
+    return Gate("pytest", ["pytest", f"tests/{folder}", "--junitxml={junit}"], limit_s)
+
+
+# The order is that of cost: what fails soon fails first.
+STAGES: dict[str, list[Gate]] = {
+    "lint": [
+        Gate("ruff", ["ruff", "check"], 60),
+        Gate("yamllint", ["yamllint", "--strict", "."], 120),
+        Gate("mypy", ["mypy"], 300),
+        Gate("changelog", ["antsibull-changelog", "lint"], 60),
+        Gate("ansible-lint", ["ansible-lint", "--offline", "--strict"], 600),
+    ],
+    "unit": [pytest("unit", 900)],
+    "quality": [pytest("quality", 1200)],
+    "integration": [pytest("integration", 1500)],
+    "molecule": [Gate("scenarios", ["molecule/run.sh"], 1800)],
+}
+
+
+def run(gate: Gate, log: Path, junit: Path) -> int:
+    """The gate's exit status, or -1 when it was ended for taking too long; nothing of it is left running then."""
+    environment = os.environ | {
+        "PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ.get('PATH', os.defpath)}",
+        "ANSIBLE_INJECT_FACT_VARS": "false",
+        "LC_ALL": "C.UTF-8",
+        "NO_COLOR": "1",
+    }
+    command = [word.format(junit=junit) for word in gate.command]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+        )
+        try:
+            return process.wait(gate.limit_s)
+        except BaseException as error:  # a test runner that is interrupted must not leave its tests behind
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                out.write(f"\nended after its limit of {gate.limit_s} s\n".encode())
+                return -1
+            raise
+
+
+def count(gate: Gate, status: int, log: Path, junit: Path) -> Counts:
+    """What the gate counted. One that ended badly has at least one failure, whatever it says."""
+    counts = Counts(1, 0) if status == 0 else Counts(0, 1)
+    if gate.command[-1].endswith("{junit}"):
+        suites = ET.parse(junit).getroot().iter("testsuite") if junit.exists() else ()
+        counts = Counts()
+        for suite in suites:
+            total, *bad = (int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped"))
+            counts += (total - sum(bad), bad[0] + bad[1], bad[2])
+        if counts.passed + counts.failed == 0:
+            counts += (0, 1, 0)  # a run without a test proves nothing
+    elif said := re.findall(r"^\w+: (\d+) passed, (\d+) failed$", log.read_text(errors="replace"), re.MULTILINE):
+        counts = Counts(*map(int, said[-1]))
+    return counts if status == 0 or counts.failed else counts + (0, 1, 0)
+
+
+def main(names: list[str]) -> int:
+    if unknown := [name for name in names if name not in STAGES]:
+        print(f"there is no stage {', '.join(unknown)}: there are {', '.join(STAGES)}", file=sys.stderr)
+        return 2
+    LOGS.mkdir(parents=True, exist_ok=True)
+    total = Counts()
+    for name in names or list(STAGES):
+        for gate in STAGES[name]:
+            title = f"{name:<12}{gate.name:<14}"
+            log, junit = LOGS / f"{name}-{gate.name}.log", LOGS / f"{name}-{gate.name}.xml"
+            junit.unlink(missing_ok=True)
+            print(f"{title}...", flush=True)
+            started = time.monotonic()
+            status = run(gate, log, junit)
+            counts = count(gate, status, log, junit)
+            total += counts
+            if counts.failed:
+                print(f"--- the end of {log.relative_to(ROOT)}:")
+                print("\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LINES:]))
+                print("---")
+            print(f"{title}{time.monotonic() - started:7.1f} s   {counts}", flush=True)
+    print(total)
+    return 1 if total.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
