@@ -130,6 +130,8 @@ QUERY = [
     ("mig.mode.current", "mig", lambda value: value == "Enabled"),
     ("driver_version", "driver_version", str),
 ]
+# Exit status for a warning about a GPU that works all the same (NVIDIA's page of nvidia-smi, "Return value").
+INFOROM_CORRUPTED = 14
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -151,6 +153,8 @@ def smi(command, arguments, timeout):
         # Not waited for: a process stuck in the driver does not die before the driver lets go of it.
         process.kill()
         raise SmiError("%s did not answer within %d s" % (command, timeout))
+    if process.returncode == INFOROM_CORRUPTED:
+        return "".join(line for line in output.splitlines(True) if not line.startswith("WARNING:"))
     if process.returncode != 0:
         text = " ".join(output.split()) or "no output"
         raise SmiError("%s failed (exit status %d): %s" % (command, process.returncode, text))

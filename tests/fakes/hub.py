@@ -7,12 +7,11 @@
         ...HF_ENDPOINT=hub.url...
 
 Paths, headers and error codes are those that huggingface_hub 1.33 asks for and reads (`hf_api.py`, `file_download.py`,
-`utils/_http.py`). Large files are answered as the hub answers LFS files: a redirect to another address that needs no token.
+`utils/_http.py`). Weights are answered as the hub answers LFS files: a redirect to another address that needs no token.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 import re
@@ -23,7 +22,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from .server import Answer, Handler, Server
 
-LFS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+LFS = (".safetensors", ".bin", ".pt", ".gguf")
 
 
 @dataclass
@@ -96,7 +95,7 @@ class Hub(Server):
     def add(self, name: str, folder: Path, revision: str = "main", token: str | None = None) -> str:
         """Serves the files of a folder as a revision of a repository; returns its commit. With a token, it is gated."""
         files = {
-            str(path.relative_to(folder)): File(path.read_bytes(), any(fnmatch.fnmatch(path.name, form) for form in LFS))
+            str(path.relative_to(folder)): File(path.read_bytes(), lfs=path.suffix in LFS)
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
@@ -133,7 +132,8 @@ class Hub(Server):
         for form, method in forms.items():
             if match := re.fullmatch(form, path):
                 name, revision, *rest = (unquote(part or "main") for part in match.groups())
-                return self._authorized(name, revision, request) or method(name, revision, *rest, query=query, request=request)
+                refusal = self._authorized(name, revision, request)
+                return refusal or method(name, revision, *rest, query=query, request=request)
         return _error(404, "", "Sorry, we can't find the page you are looking for.")
 
     def _authorized(self, name: str, revision: str, request: Handler) -> Answer | None:
@@ -162,8 +162,8 @@ class Hub(Server):
             for path, file in files.items()
         ]
         gated = "manual" if self.repositories[name].token else False
-        facts = {"id": name, "modelId": name, "author": name.split("/")[0], "sha": commit, "private": False, "gated": gated}
-        return _json({**facts, "disabled": False, "downloads": 0, "likes": 0, "tags": [], "siblings": siblings})
+        facts = {"id": name, "modelId": name, "sha": commit, "private": False, "gated": gated, "disabled": False}
+        return _json({**facts, "downloads": 0, "likes": 0, "tags": [], "siblings": siblings})
 
     def _tree(self, name: str, revision: str, *, query: dict[str, list[str]], request: Handler) -> Answer:
         files = self._files(name, revision)[1]
@@ -188,8 +188,8 @@ class Hub(Server):
         return Answer(302, b"", {**headers, **linked, "Location": location})
 
     def _cdn(self, digest: str, request: Handler) -> Answer:
-        everything = (file for repo in self.repositories.values() for files in repo.commits.values() for file in files.values())
-        file = next((file for file in everything if file.lfs and file.sha256 == digest), None)
+        commits = [files for repository in self.repositories.values() for files in repository.commits.values()]
+        file = next((file for files in commits for file in files.values() if file.lfs and file.sha256 == digest), None)
         if file is None:
             return Answer(403)
         headers = {"ETag": f'"{digest}"', "Accept-Ranges": "bytes"}

@@ -6,17 +6,18 @@ NVIDIA_SMI_SCENE names a JSON file:
   gpus    list of {field: value}, the values as `--query-gpu --format=csv` prints them with units
   apps    list of {gpu_uuid, pid, used_memory}, used_memory with its unit
   topo    {"-m": text, "-p2p r": text}
-  fail    [exit status, text]: what every call ends with
+  fail    [exit status, text]: all that a call does
+  warn    [exit status, text]: how a call ends that has done its work
   hang    seconds that every call takes
 
-Exit statuses and wordings: 2 for a bad option or field, 18 for a library that does not match the driver (NVIDIA's page of
-nvidia-smi, "Return value", and users' reports of driver 535).
+Exit statuses and wordings: NVIDIA's page of nvidia-smi, "Return value", and users' reports; 2 is a bad option or field.
 """
 
 import json
 import os
 import sys
 import time
+from pathlib import Path
 
 
 def stop(status, text):
@@ -30,7 +31,7 @@ def table(rows, query, formats):
         stop(2, "--format= option must be specified and include csv.")
     for field in fields:
         if any(field not in row for row in rows):
-            stop(2, 'Field "%s" is not a valid field to query.' % field)
+            stop(2, f'Field "{field}" is not a valid field to query.')
     if "noheader" not in formats:
         print(", ".join(fields))
     for row in rows:
@@ -41,20 +42,21 @@ def table(rows, query, formats):
 
 
 def main():
-    with open(os.environ["NVIDIA_SMI_SCENE"]) as handle:
-        scene = json.load(handle)
+    scene = json.loads(Path(os.environ["NVIDIA_SMI_SCENE"]).read_text())
     time.sleep(scene.get("hang", 0))
     if "fail" in scene:
         stop(*scene["fail"])
     arguments = sys.argv[1:]
     if arguments[:1] == ["topo"]:
         text = scene.get("topo", {}).get(" ".join(arguments[1:]))
-        sys.stdout.write(text) if text is not None else stop(2, "Invalid combination of input arguments. Please run 'nvidia-smi topo -h' for help.")
+        if text is None:
+            stop(2, "Invalid combination of input arguments. Please run 'nvidia-smi topo -h' for help.")
+        sys.stdout.write(text)
         return
     options = dict(argument.partition("=")[::2] for argument in arguments)
     for option in options:
         if option not in ("--query-gpu", "--query-compute-apps", "--format"):
-            stop(2, "ERROR: Option %s is not recognized. Please run 'nvidia-smi -h'." % option)
+            stop(2, f"ERROR: Option {option} is not recognized. Please run 'nvidia-smi -h'.")
     formats = options.get("--format", "").split(",")
     if "--query-gpu" in options and "--query-compute-apps" not in options:
         if not scene["gpus"]:
@@ -64,6 +66,8 @@ def main():
         table(scene.get("apps", []), options["--query-compute-apps"], formats)
     else:
         stop(2, "Invalid combination of input arguments. Please run 'nvidia-smi -h' for help.")
+    if "warn" in scene:
+        stop(*scene["warn"])
 
 
 main()

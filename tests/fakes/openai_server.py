@@ -24,7 +24,8 @@ def as_events(*events: Any, done: bool = True) -> Answer:
 
 
 def chunk(finish_reason: str | None = None, **delta: Any) -> dict[str, Any]:
-    return {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
+    choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+    return {"object": "chat.completion.chunk", "choices": [choice]}
 
 
 class OpenAiServer(Server):
@@ -52,6 +53,7 @@ class OpenAiServer(Server):
         if body["model"] != self.model:
             return as_json({"error": {"message": f"The model `{body['model']}` does not exist.", "code": 404}}, 404)
         if chat and body.get("stream"):
-            return as_events(chunk(role="assistant", content=""), chunk(content=" amber"), chunk(content=" zephyr"), chunk("length"))
+            words = [chunk(content=" amber"), chunk(content=" zephyr")]
+            return as_events(chunk(role="assistant", content=""), *words, chunk("length"))
         choice = {"message": {"role": "assistant", "content": " amber zephyr"}} if chat else {"text": " amber anchor"}
         return as_json({"choices": [{"index": 0, "finish_reason": "length", **choice}]})

@@ -22,9 +22,9 @@ from ansible.module_utils import basic
 from ansible.parsing.dataloader import DataLoader
 from ansible.plugins.loader import init_plugin_loader
 from ansible.template import Templar
+from ansible.utils.collection_loader import AnsibleCollectionConfig
 
 ROOT = Path(__file__).parents[2]
-init_plugin_loader([str(ROOT / "collections")])
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,7 +41,8 @@ def run_module(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         output = io.StringIO()
         with (
             mock.patch.object(basic, "_ANSIBLE_ARGS", args),
-            mock.patch.object(basic, "_ANSIBLE_PROFILE", "legacy", create=True),  # ansible-core 2.19 and later ask for it
+            # ansible-core 2.19 and later ask for it
+            mock.patch.object(basic, "_ANSIBLE_PROFILE", "legacy", create=True),
             contextlib.redirect_stdout(output),
             pytest.raises(SystemExit) as stop,
         ):
@@ -57,6 +58,8 @@ def run_module(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 @pytest.fixture
 def render() -> Callable[..., Any]:
     """render(template, **variables) -> the value, by Ansible's templating."""
+    if AnsibleCollectionConfig.collection_finder is None:
+        init_plugin_loader([str(ROOT / "collections")])
 
     def render(template: str, **variables: Any) -> Any:
         try:
@@ -69,10 +72,11 @@ def render() -> Callable[..., Any]:
 
 
 def find_pythons() -> dict[str, str]:
-    """Minor version -> an interpreter that runs: those of TEST_PYTHONS (a folder of installations), of pyenv, and on PATH."""
+    """Minor version -> an interpreter that runs, of TEST_PYTHONS (a folder of installations), of pyenv or on PATH."""
     folders = [os.environ["TEST_PYTHONS"]] if "TEST_PYTHONS" in os.environ else []
     if shutil.which("pyenv"):
-        folders.append(subprocess.run(["pyenv", "root"], capture_output=True, text=True, check=True).stdout.strip() + "/versions")
+        root = subprocess.run(["pyenv", "root"], capture_output=True, text=True, check=True).stdout.strip()
+        folders.append(f"{root}/versions")
     candidates = [str(path) for folder in folders for path in sorted(Path(folder).glob("*/bin/python3"))]
     candidates += [sys.executable, *(f"python3.{minor}" for minor in range(6, 15))]
     found: dict[str, str] = {}
@@ -101,8 +105,8 @@ def tool_environment() -> Callable[..., Path]:
         if not (folder / "complete").exists():
             shutil.rmtree(folder, ignore_errors=True)
             subprocess.run([python, "-m", "venv", folder], check=True, capture_output=True)
-            pip = [folder / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements]
-            process = subprocess.run(pip, capture_output=True, text=True)
+            pip = [folder / "bin/python", "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
+            process = subprocess.run([*pip, *requirements], capture_output=True, text=True)
             if process.returncode:
                 shutil.rmtree(folder)
                 pytest.skip(f"cannot install {' '.join(requirements)}: {process.stderr.strip().splitlines()[-1]}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from ansible_collections.baremetal.vllm.plugins.modules import gpu_facts
 
 CAPTURES = Path(__file__).parent / "captures"
@@ -148,7 +149,7 @@ def test_driver_and_library_of_two_versions(scene: Callable[..., None], facts: C
     gpu = facts({"0000:00:06.0": ("0x10de", "0x030200", "0x2335", "nvidia")})
     assert gpu["device"] == "cpu"
     assert gpu["problem"].endswith(
-        "failed (exit status 18): Failed to initialize NVML: Driver/library version mismatch NVML library version: 535.161"
+        "(exit status 18): Failed to initialize NVML: Driver/library version mismatch NVML library version: 535.161"
     )
 
 
@@ -190,8 +191,16 @@ def test_unreadable_answers_are_told(
 
 
 def test_mig_is_seen(scene: Callable[..., None], facts: Callable[..., Any]) -> None:
-    scene(gpus=[{**captured_gpus()[0], "mig.mode.current": "Enabled"}, {**captured_gpus()[1], "mig.mode.current": "[N/A]"}])
+    first, second = captured_gpus()
+    scene(gpus=[{**first, "mig.mode.current": "Enabled"}, {**second, "mig.mode.current": "[N/A]"}])
     assert [gpu["mig"] for gpu in facts()["gpus"]] == [True, False]
+
+
+def test_a_warning_about_a_gpu_is_no_failure(scene: Callable[..., None], facts: Callable[..., Any]) -> None:
+    """Exit status 14: the GPUs are told, and work."""
+    scene(**two_h200s(), warn=[14, "WARNING: infoROM is corrupted at gpu 0000:00:06.0"])
+    gpu = facts()
+    assert (gpu["device"], len(gpu["gpus"]), gpu["problem"]) == ("cuda", 2, "")
 
 
 @pytest.fixture
