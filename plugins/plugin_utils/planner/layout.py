@@ -147,7 +147,6 @@ class Task:
     instances: list[Instance] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     why: list[str] = field(default_factory=list)
-    shortened: int | None = None  # context that was planned because the usual one found no room
 
 
 # --------------------------------------------------------------------------------------------------------- needs
@@ -187,12 +186,22 @@ class Needs:
                 self._needs[key] = make_need(service, gpu, engine, tag, length, tokens, seqs, shape, eager)
             return self._needs[key]
 
+        if _least_weights_gib(service) / shape.world > gpu.memory_total_mib / MIB:
+            return None
         order = list(batches(service, gpu, engine, length))
         # When the smallest batch without CUDA graphs is too much, so is every other: most layouts end here.
         if need(*order[-1], service.enforce_eager is not False) is None:
             return None
         found = (need(*batch, eager) for batch in (reversed(order) if lean else order))
         return next((need for need in found if need and need.utilization <= most), None)
+
+
+def _least_weights_gib(service: Service) -> float:
+    """Less than the weights can be in memory: what rules out most layouts of a large model without counting tensors."""
+    if service.shape.weights_gib is not None:
+        return service.shape.weights_gib * 0.9
+    quantized = service.quantization or service.shape.quantization
+    return service.shape.parameters * (0.5 if quantized else 2) / 1024**3 * 0.9
 
 
 def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engine | None, str, list[str], list[str]]:
@@ -321,19 +330,23 @@ def dtype_for(service: Service, gpu: Gpu) -> str:
     return "float16" if service.dtype == "auto" and gpu.capability < (8, 0) else service.dtype
 
 
-def valid_tp(service: Service, engine: Engine | None, expert_parallel: bool = False) -> list[int]:
-    version = engine.version if engine else None
-    return [
-        tp
-        for tp in range(1, MAX_TP + 1)
-        if not tp_problems(
-            service.shape,
-            tp,
-            engine_version=version,
-            expert_parallel=expert_parallel,
-            quantization=service.quantization,
-        )
-    ]
+def valid_tp(service: Service, engine: Engine, expert_parallel: bool = False) -> list[int]:
+    """Tensor-parallel sizes that the model and the release allow."""
+    key = ("valid_tp", engine.version, expert_parallel, service.quantization)
+    if key not in service.shape.cache:
+        service.shape.cache[key] = [
+            tp
+            for tp in range(1, MAX_TP + 1)
+            if not tp_problems(
+                service.shape,
+                tp,
+                engine_version=engine.version,
+                expert_parallel=expert_parallel,
+                quantization=service.quantization,
+            )
+        ]
+    sizes: list[int] = service.shape.cache[key]
+    return sizes
 
 
 def valid_shapes(service: Service, engine: Engine, host_gpus: int, hosts: int, link: str) -> list[Shape]:
@@ -487,7 +500,7 @@ class Layout:
         """Claims GPUs for a service; False when there is no room for it."""
         service = task.service
         lengths = [service.max_model_len] if service.max_model_len else usual_lengths(service)
-        length, found = lengths[0], self._find(service, lengths[0])
+        found = self._find(service, lengths[0])
         if not found and len(lengths) > 1 and (shortest := self._find(service, lengths[-1])):
             # What holds a context holds a shorter one: the longest that finds room lies between.
             found, low, high = shortest, 0, len(lengths) - 1
@@ -497,11 +510,9 @@ class Layout:
                     found, high = better, middle
                 else:
                     low = middle
-            length = lengths[high]
         for instance in found:
             instance.claim(instance.places)
             task.instances.append(instance)
-        task.shortened = lengths[0] if found and length != lengths[0] else None
         return bool(found)
 
     def _find(self, service: Service, length: int) -> list[Instance]:

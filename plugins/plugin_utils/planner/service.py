@@ -132,8 +132,8 @@ def _positive(raw: Mapping[str, Any], key: str, field: str) -> int | None:
     return None if value is None else whole(value, f"{field}.{key}", 1)
 
 
-def _number(raw: Mapping[str, Any], key: str, field: str, most: float | None = None) -> float | None:
-    """A number above 0 and at most ``most``."""
+def _number(raw: Mapping[str, Any], key: str, field: str, least: float = 0.0, most: float = 1e9) -> float | None:
+    """A number above 0, at least ``least`` and at most ``most``."""
     value = raw.get(key)
     if value is None:
         return None
@@ -141,8 +141,9 @@ def _number(raw: Mapping[str, Any], key: str, field: str, most: float | None = N
         number = float("x" if isinstance(value, bool) else value)
     except (TypeError, ValueError):
         number = -1.0
-    if not 0 < number <= (most if most is not None else float("1e9")):
-        raise PlanError(f"{field}.{key}", value, f"give a number above 0{f' and at most {most:g}' if most else ''}")
+    if not (number > 0 and least <= number <= most):
+        limits = f"of at least {least:g}" if least else "above 0" + (f" and at most {most:g}" if most < 1e9 else "")
+        raise PlanError(f"{field}.{key}", value, f"give a number {limits}")
     return number
 
 
@@ -241,7 +242,7 @@ def parse_service(raw: object, number: int) -> Service:
         config_from=config_from,
         objective=_one_of(item, "objective", field, OBJECTIVES, "throughput") or "throughput",
         max_model_len=length,
-        min_concurrency=_number(item, "min_concurrency", field) or 1.0,
+        min_concurrency=_number(item, "min_concurrency", field, least=1.0) or 1.0,
         gpu_count=count,
         gpu_indices=indices,
         hosts=hosts,
@@ -256,7 +257,7 @@ def parse_service(raw: object, number: int) -> Service:
         tp=_positive(item, "tensor_parallel_size", field),
         pp=_positive(item, "pipeline_parallel_size", field),
         dp=_positive(item, "data_parallel_size", field),
-        utilization=_number(item, "gpu_memory_utilization", field, 1.0),
+        utilization=_number(item, "gpu_memory_utilization", field, most=1.0),
         max_num_seqs=_positive(item, "max_num_seqs", field),
         max_num_batched_tokens=_positive(item, "max_num_batched_tokens", field),
         dtype=dtype,

@@ -335,7 +335,7 @@ def test_services_on_one_cpu_share_its_memory() -> None:
         ({"tensor_parallel_size": 1.5}, "tensor_parallel_size is 1.5"),
         ({"max_model_len": -1}, "max_model_len is -1"),
         ({"max_num_seqs": "many"}, "max_num_seqs is 'many'"),
-        ({"min_concurrency": 0}, "min_concurrency is 0"),
+        ({"min_concurrency": 0.5}, "min_concurrency is 0.5; give a number of at least 1"),
         ({"weights_gib": -3}, "weights_gib is -3"),
         ({"gpus": 0}, "gpus is 0; give a whole number of at least 1"),
         ({"gpus": []}, "give a number of GPUs, or a list of different indices"),

@@ -51,7 +51,7 @@ def demands(draw: st.DrawFn, number: int = 0) -> dict[str, Any]:
     wanted = {
         "objective": draw(st.sampled_from(["throughput", "latency"])),
         "max_model_len": draw(maybe(st.integers(16, 40000))),
-        "min_concurrency": draw(maybe(st.floats(0.5, 20))),
+        "min_concurrency": draw(maybe(st.floats(1, 20))),
         "gpu_memory_utilization": draw(maybe(st.floats(0.05, 1.0))),
         "tensor_parallel_size": draw(maybe(st.sampled_from([1, 2, 3, 4, 6, 8]))),
         "data_parallel_size": draw(maybe(st.sampled_from([1, 2, 3]))),
