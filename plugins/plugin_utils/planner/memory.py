@@ -18,7 +18,15 @@ from . import engine
 from .errors import PlanError
 from .model import DTYPE_BYTES, ENCODERS, GIB, MIB, ModelShape, kv_page, matrices, pp_layers, pp_problems, tp_problems
 
-KV_DTYPES = {"auto": 0.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "fp8_e4m3": 1.0, "fp8_e5m2": 1.0, "fp8_ds_mla": 1.0}
+KV_DTYPES = {
+    "auto": 0.0,
+    "bfloat16": 2.0,
+    "float16": 2.0,
+    "fp8": 1.0,
+    "fp8_e4m3": 1.0,
+    "fp8_e5m2": 1.0,
+    "fp8_ds_mla": 1.0,
+}
 BLOCK = 16  # tokens of a KV block
 
 # Memory of the CUDA libraries and of communication, GiB on each GPU. outside: taken before vLLM reads how much is free
@@ -28,6 +36,9 @@ BLOCK = 16  # tokens of a KV block
 # 0.45 with TP 2 (0.28 context, 0.17 NCCL).
 OUTSIDE = {"hopper": {"alone": 0.515, "tp": 1.53, "pp": 1.43}, "other": {"alone": 0.40, "tp": 0.75, "pp": 0.75}}
 INSIDE = {"alone": 0.225, "tp": 0.54, "pp": 0.065}
+# Free memory that an engine needs beside its request after profiling (fragments, kernels loaded later): 0.045 GiB were
+# not enough for a 1B model on an H200.
+LATE = 0.1
 INSIDE_GRAPHS = 0.01  # more kernels are loaded while graphs are profiled
 # V0 counts NCCL, and up to 0.6.2 the context too. On Hopper: vllm-project/vllm#10511; elsewhere #14447, #15598, V100.
 V0_INSIDE = {"hopper": {"alone": 1.79, "tp": 3.58}, "other": {"alone": 0.20, "tp": 0.45}}
@@ -42,11 +53,11 @@ COMPILED_WORKSPACE = {"hopper": 60 * MIB, "other": 0}
 # fewer is alive. Source: model_executor/models/llama.py against qwen2.py.
 REBINDING = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "MixtralForCausalLM"})
 # Model runner V2 of 0.22 to 0.24: these classes; from 0.25 every dense decoder and these sparse ones.
-RUNNER_V2_FIRST = frozenset(
-    "Qwen3ForCausalLM DeepseekV2ForCausalLM Qwen2MoeForCausalLM GraniteMoeForCausalLM LlamaForCausalLM "
-    "MistralForCausalLM".split()
-)
-RUNNER_V2_SPARSE = frozenset("DeepseekV2ForCausalLM Qwen2MoeForCausalLM GraniteMoeForCausalLM".split())
+RUNNER_V2_FIRST = frozenset({
+    "Qwen3ForCausalLM", "DeepseekV2ForCausalLM", "Qwen2MoeForCausalLM", "GraniteMoeForCausalLM", "LlamaForCausalLM",
+    "MistralForCausalLM"
+})  # fmt: skip
+RUNNER_V2_SPARSE = frozenset({"DeepseekV2ForCausalLM", "Qwen2MoeForCausalLM", "GraniteMoeForCausalLM"})
 
 
 @dataclass(frozen=True)
@@ -152,21 +163,51 @@ class _Stage:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def allocated(size: int) -> int:
-    """Bytes that PyTorch counts for one tensor while vLLM loads weights.
+LARGE = 20 * MIB
 
-    vLLM loads with ``max_split_size_mb:20``: a tensor of 20 MiB or more gets whole segments of 2 MiB. Smaller ones
-    from 10 MiB on are cut from such a segment when more than 1 MiB of it would be left.
+
+class Allocator:
+    """Bytes that PyTorch's caching allocator counts for tensors that are made one after the other.
+
+    Up to 1 MiB a tensor gets a multiple of 512 bytes. Up to 10 MiB it is cut from segments of 20 MiB, above from a
+    segment of its own in steps of 2 MiB; what is left of a block is cut off when it is more than 1 MiB, and counts as
+    the tensor's otherwise. vLLM loads weights with ``max_split_size_mb:20``: from 20 MiB on nothing is cut off.
+    Source: c10/cuda/CUDACachingAllocator (PyTorch 2.11), vLLM v1/worker/gpu_worker.py.
     """
-    if size < 10 * MIB:
-        return -(-size // 512) * 512
-    segment = -(-size // (2 * MIB)) * 2 * MIB
-    return segment if size >= 20 * MIB or segment - size <= MIB else size
+
+    def __init__(self) -> None:
+        self.counted = 0
+        self._free: list[int] = []
+
+    def take(self, size: int) -> None:
+        """One tensor of ``size`` bytes that stays."""
+        if size <= MIB:
+            self.counted += -(-size // 512) * 512
+            return
+        whole = size >= LARGE  # no block of 20 MiB or more is cut: such a tensor takes one that is little larger
+        fitting = (free for free in self._free if free >= size and (whole or free < LARGE))
+        block = min((free for free in fitting if not whole or free < size + LARGE), default=0)
+        if block:
+            self._free.remove(block)
+        else:
+            block = LARGE if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+        if not whole and block - size > MIB:
+            self._free.append(block - size)
+            block = size
+        self.counted += block
+
+    def rotary(self, elements: int, element: int) -> None:
+        """The table of cosines and sines, with what building it in float32 leaves free for later tensors."""
+        self.take(elements * element)
+        self._free += [size for size in (elements * 2, elements * 2, elements * 4) if size >= LARGE]
 
 
-def _weights(shape: ModelShape, tp: int, expert_split: int, layers: range, first: bool, last: bool, element: int) -> int:
+def _weights(
+    shape: ModelShape, tp: int, expert_split: int, layers: range, first: bool, last: bool, element: int
+) -> int:
     quant = shape.quant
-    total = 0
+    memory = Allocator()
+    table = shape.rotary_elements
     for name, rows, cols, part in matrices(shape, tp, expert_split, layers, first, last):
         quantized = (
             quant is not None
@@ -176,33 +217,38 @@ def _weights(shape: ModelShape, tp: int, expert_split: int, layers: range, first
             and name != "kv_b"
         )
         if quant is None or not quantized:
-            total += allocated(rows * cols * element)
+            memory.take(rows * cols * element)
+            if name == "o" and table:  # built with the first attention layer
+                memory.rotary(table, element)
+                table = 0
             continue
         if quant.method == "mxfp4":
             cols = -(-cols // 256) * 256  # the kernels' layout pads the inputs
-        total += allocated(int(rows * cols * quant.bits / 8))
+        memory.take(int(rows * cols * quant.bits / 8))
         if quant.block[0]:
             scales = -(-rows // quant.block[0]) * -(-cols // quant.block[1])
         else:
             scales = rows * cols // quant.group if quant.group else rows
-        total += allocated(int(scales * quant.scale_bits / 8))
+        memory.take(int(scales * quant.scale_bits / 8))
         if quant.group and quant.zero_bits:
-            total += allocated(int(scales * quant.zero_bits / 8))
+            memory.take(int(scales * quant.zero_bits / 8))
+        if name == "o" and table:
+            memory.rotary(table, element)
+            table = 0
     for index in layers:
         a = shape.layers[index].attention
         if a and a.kind == "mla":  # kv_b is kept, and taken apart once more for decoding
-            total += allocated(a.heads // tp * (a.nope_dim + a.v_dim) * a.latent * element)
-    total += allocated(shape.rotary_elements * element)
+            memory.take(a.heads // tp * a.nope_dim * a.latent * element)
+            memory.take(a.heads // tp * a.v_dim * a.latent * element)
     if first and shape.vision_parameters:
-        total += shape.vision_parameters * element // tp
-    return total
+        memory.take(shape.vision_parameters * element // tp)
+    return memory.counted
 
 
 def _disk_bytes(shape: ModelShape) -> int:
     """Bytes of the checkpoint as this module sees it, to compare with the true size."""
     plain = DTYPE_BYTES[shape.dtype]
-    extra = shape.rotary_elements * plain
-    return max(1, _weights(shape, 1, 1, range(shape.num_layers), True, True, plain) - extra)
+    return max(1, _weights(shape, 1, 1, range(shape.num_layers), True, True, plain) - shape.rotary_elements * plain)
 
 
 def _dense_token(shape: ModelShape, inner: int, gated: bool, tp: int, element: int, compiled: bool) -> int:
@@ -283,7 +329,9 @@ def _sparse_before_dense(shape: ModelShape, layers: range) -> bool:
     return False
 
 
-def _kv_layout(shape: ModelShape, layers: range, tp: int, kv_bytes: float, state_bytes: int) -> tuple[int, tuple[_KvGroup, ...]]:
+def _kv_layout(
+    shape: ModelShape, layers: range, tp: int, kv_bytes: float, state_bytes: int
+) -> tuple[int, tuple[_KvGroup, ...]]:
     """(bytes of one block over all layers that share it, groups of layers with a block table each).
 
     Layers of one kind share a table. Different kinds are cut into groups of equal size (the smallest kind's, or the
@@ -322,7 +370,9 @@ def _kv_layout(shape: ModelShape, layers: range, tp: int, kv_bytes: float, state
     return size * page, tuple(groups)
 
 
-def _stages(shape: ModelShape, tp: int, pp: int, expert_split: int, element: int, kv_bytes: float) -> tuple[_Stage, ...]:
+def _stages(
+    shape: ModelShape, tp: int, pp: int, expert_split: int, element: int, kv_bytes: float
+) -> tuple[_Stage, ...]:
     key = ("stages", tp, pp, expert_split, element, kv_bytes)
     if key in shape.cache:
         return shape.cache[key]  # type: ignore[no-any-return]
@@ -368,6 +418,7 @@ class _Engine:
     graphs_counted: bool
     native_sort: bool
     compile_peak: bool
+    fused_reduce: bool
     chunked_above: int
     family: str
 
@@ -401,6 +452,8 @@ def _engine(shape: ModelShape, version: str, capability: tuple[int, int]) -> _En
             graphs_counted=since("0.20.0") and not runner_v2,
             native_sort=v0 or not since("0.20.0"),
             compile_peak=since("0.20.0"),
+            # 0.25 prefers another backend, which took nothing in the rows measured.
+            fused_reduce=since("0.20.0") and not since("0.25.0"),
             chunked_above=32768 if since("0.4.3") else 1 << 62,
             family="hopper" if capability >= (9, 0) else "other",
         )
@@ -432,22 +485,25 @@ def capture_sizes(max_num_seqs: int, max_num_batched_tokens: int) -> tuple[int, 
 def _graphs(shape: ModelShape, facts: _Engine, stage_layers: int, seqs: int, batched: int) -> tuple[float, float]:
     """(GiB that the graphs take, GiB that the engine sets aside for them).
 
-    Calibrated, not derived: captures take what the driver takes for them. Rows of 0.24.0 and 0.25.1 on an H200: the
-    estimate is 0.35 for dense models whatever their size, 0.18 more with experts, 0.13 more with 4-bit kernels, for
-    86 graphs; what is taken in the end follows layers for runner V2.
+    Calibrated, not derived: captures take what the driver takes for them. Fitted to 19 rows of 0.24.0 and 0.25.1 on an
+    H200: a part that is the same for all, one for each layer, more with experts and with 4-bit kernels, in proportion
+    to the number of graphs (86 with max_num_seqs 256).
     """
     pieces, whole = capture_sizes(seqs, batched)
+    if not shape.has_kv_cache:
+        whole = 0
     share = (pieces + whole) / 86
-    sparse = 0.18 if shape.experts else 0.0
-    packed = 0.13 if shape.quant and shape.quant.marlin and shape.quant.bits == 4 and not shape.experts else 0.0
+    extra = 0.12 if shape.experts else 0.0
+    if shape.quant and shape.quant.marlin and shape.quant.bits == 4:
+        extra += 0.14
     if facts.runner_v2:
-        return (0.16 + 0.0134 * stage_layers + 1.5 * sparse) * share**1.5, 0.0
-    estimate = (0.35 + sparse + packed) * share
-    return estimate * 1.25, estimate if facts.graphs_counted else 0.0
+        return (0.16 + 0.0134 * stage_layers + 2 * extra) * share**1.5, 0.0
+    estimate = (0.169 + 0.0055 * stage_layers + extra) * share
+    return (0.165 + 0.0094 * stage_layers + extra) * share, estimate if facts.graphs_counted else 0.0
 
 
 def _sampler(shape: ModelShape, facts: _Engine, stage: _Stage, rows: int, batched: int, sms: int, element: int) -> int:
-    """Bytes at the peak of the sampler: logits of ``rows`` requests, in the model's dtype and in float32, and copies."""
+    """Bytes at the peak of the sampler: logits of ``rows`` requests, in the model's dtype and in float32."""
     vocab = shape.vocab_size
     states = batched * stage.hidden + 2 * rows * stage.hidden
     if facts.native_sort:
@@ -467,9 +523,9 @@ _SMS = {(7, 0): 80, (7, 5): 40, (8, 0): 108, (8, 6): 72, (8, 9): 58, (9, 0): 132
 
 def _activation(
     shape: ModelShape, facts: _Engine, stage: _Stage, *, batched: int, seqs: int, length: int, eager: bool, sms: int,
-    element: int,
+    element: int, tp: int,
 ) -> tuple[int, int]:  # fmt: skip
-    """(bytes at the highest peak of the profile run, bytes at the sampler's peak)."""
+    """(bytes at the highest peak of the profile run, bytes that a full batch takes again once the cache is there)."""
     workspace = WORKSPACE[facts.family]
     stays = stage.moe_token * batched
     compiled = not eager and not facts.v0
@@ -486,19 +542,30 @@ def _activation(
         expanded = max(min(max(8 * length, 4 * seqs * BLOCK), 64 * 1024), seqs * BLOCK)
         attention += expanded * stage.mla_row + workspace
     sparse = stage.sparse[compiled] * batched + stays + workspace if stage.sparse[compiled] else 0
-    peak = max(dense, attention, sparse)
+    peak = steady = max(dense, attention, sparse)
     if facts.compile_peak and not eager and stage.first and shape.kind == "generate":
         # The first start compiles: the code generator times its kernels on tensors as large as the real ones, the
         # embedding among them.
         quantized = batched * shape.hidden_size if eight and shape.quant and not shape.quant.block[0] else 0
-        peak = max(peak, stage.embedding + 2 * batched * stage.hidden + quantized)
-    sampler = 0
+        product = COMPILED_WORKSPACE[facts.family] if tp > 1 else 0  # the piece ends with a product then
+        peak = max(peak, stage.embedding + 2 * batched * stage.hidden + quantized + product)
     if stage.last and shape.kind == "generate":
         rows = min(seqs, batched)
         sampler = _sampler(shape, facts, stage, rows, batched, sms, element) + workspace
         if not facts.v0:
             sampler += stays
-    return max(peak, sampler), sampler
+        steady = max(steady, sampler)
+    return max(peak, steady), steady
+
+
+# Largest message that is reduced and normalized in one kernel, MiB by TP size. Source: FI_ALLREDUCE_FUSION_MAX_SIZE_MB.
+_FUSED_MIB = {(9, 0): {2: 64, 4: 2, 8: 1}, (10, 0): {2: 64, 4: 32, 8: 1}}
+
+
+def _fused_reduce(facts: _Engine, tp: int, capability: tuple[int, int], batch_bytes: int) -> float:
+    """GiB of buffers for the fused all-reduce: one and three more of ``tp`` messages. Measured: 0.507 with TP 2."""
+    limit = _FUSED_MIB.get(capability, {}).get(tp, 0) * MIB
+    return 4 * tp * min(limit, batch_bytes) / GIB if facts.fused_reduce else 0.0
 
 
 def _number(name: str, value: object, low: float, high: float, allowed: str, *, above: bool = False) -> float:
@@ -558,11 +625,17 @@ def engine_memory(
     Raises:
         PlanError: an argument is out of range or not known (the message names it).
     """
-    total_mib = _number("gpu_memory_total_mib", gpu_memory_total_mib, 1024, 1 << 24, "a size in MiB, 1024 or more, is needed")
-    utilization = _number("gpu_memory_utilization", gpu_memory_utilization, 0, 1, "above 0 and up to 1 is allowed", above=True)
+    total_mib = _number(
+        "gpu_memory_total_mib", gpu_memory_total_mib, 1024, 1 << 24, "a size in MiB, 1024 or more, is needed"
+    )
+    utilization = _number(
+        "gpu_memory_utilization", gpu_memory_utilization, 0, 1, "above 0 and up to 1 is allowed", above=True
+    )
     used_mib = _number("gpu_memory_used_mib", gpu_memory_used_mib, 0, total_mib, "from 0 to the GPU's total is allowed")
     if gpu_memory_reserved_mib is not None:
-        _number("gpu_memory_reserved_mib", gpu_memory_reserved_mib, 0, total_mib / 2, "a size in MiB below half the total")
+        _number(
+            "gpu_memory_reserved_mib", gpu_memory_reserved_mib, 0, total_mib / 2, "a size in MiB below half the total"
+        )
     capability = engine.parse_capability(compute_capability)
     tp = _whole("tensor_parallel_size", tensor_parallel_size, high=1024)
     pp = _whole("pipeline_parallel_size", pipeline_parallel_size, high=1024)
@@ -603,6 +676,7 @@ def engine_memory(
     if facts.v0 and batched < length <= facts.chunked_above:
         batched = length  # V0 reads a prompt in one piece, and profiles with the longest
     sms = _SMS.get(capability, 132)
+    fused = 0.0 if enforce_eager else _fused_reduce(facts, tp, capability, batched * stages[0].hidden)
     if facts.v0:
         inside = V0_INSIDE[facts.family]["alone" if world == "alone" else "tp"]
         outside = V0_CONTEXT
@@ -610,27 +684,28 @@ def engine_memory(
             inside, outside = inside + used_mib / 1024 + (V0_CONTEXT if world == "alone" else 0.0), 0.0
     else:
         outside = OUTSIDE[facts.family][world]
-        inside = INSIDE[world] + (0.0 if enforce_eager or facts.runner_v2 else INSIDE_GRAPHS)
+        inside = INSIDE[world] + fused + (0.0 if enforce_eager or facts.runner_v2 else INSIDE_GRAPHS)
 
     free = total - used_mib * MIB - outside * GIB
     worst: tuple[float, int, _Stage, int, int, float, float] | None = None
     for number, stage in enumerate(stages):
-        peak, sampler = _activation(
-            shape, facts, stage, batched=batched, seqs=seqs, length=length, eager=enforce_eager, sms=sms, element=element
-        )
+        peak, steady = _activation(
+            shape, facts, stage, batched=batched, seqs=seqs, length=length, eager=enforce_eager, sms=sms,
+            element=element, tp=tp,
+        )  # fmt: skip
         graphs = counted = 0.0
         if not enforce_eager:
             graphs, counted = _graphs(shape, facts, shape.num_layers // pp, seqs, batched)
         available = requested - stage.weights - peak - (inside + counted) * GIB
         blocks = available / stage.block_bytes if stage.block_bytes else available / (1 << 62)
         if worst is None or blocks < worst[0]:
-            worst = (blocks, number, stage, peak, sampler, graphs, counted)
+            worst = (blocks, number, stage, peak, steady, graphs, counted)
     assert worst is not None
-    _, number, stage, peak, sampler, graphs, counted = worst
+    _, number, stage, peak, steady, graphs, counted = worst
     available = requested - stage.weights - peak - (inside + counted) * GIB
     return _verdict(
         shape, facts, stage, number=number, requested=requested, free=free, available=available, peak=peak,
-        sampler=sampler, graphs=graphs, counted=counted, inside=inside, outside=outside, length=length, batched=batched,
+        steady=steady, graphs=graphs, counted=counted, inside=inside, outside=outside, length=length, batched=batched,
         utilization=utilization, total=total,
     )  # fmt: skip
 
@@ -665,18 +740,20 @@ def _longest(stage: _Stage, blocks: int, batched: int, limit: int) -> int:
 
 def _verdict(
     shape: ModelShape, facts: _Engine, stage: _Stage, *, number: int, requested: float, free: float, available: float,
-    peak: int, sampler: int, graphs: float, counted: float, inside: float, outside: float, length: int, batched: int,
+    peak: int, steady: int, graphs: float, counted: float, inside: float, outside: float, length: int, batched: int,
     utilization: float, total: float,
 ) -> MemoryPlan:  # fmt: skip
     needs_cache = bool(stage.groups)
     blocks = max(0, int(available // stage.block_bytes)) if needs_cache else 0
     need = _need(stage, length, batched) if needs_cache else 0
     concurrency = blocks / need if need else 0.0
-    tokens = int(concurrency * length) if len(stage.groups) > 1 or need and stage.groups[0].kind == "sliding" else blocks * BLOCK
+    tokens = blocks * BLOCK
+    if need and (len(stage.groups) > 1 or stage.groups[0].kind != "full"):
+        tokens = int(concurrency * length)  # what the engine reports where layers hold different lengths
     uncounted = (graphs - counted) * GIB
-    # After the cache is allocated the graphs are captured and the sampler runs once more: both must fit into what the
-    # peak left and what is free beside the request.
-    late = uncounted + sampler - max(0.0, peak) - max(0.0, free - requested)
+    # Once the cache is there, graphs are captured and a full batch runs again to warm up kernels: that must fit into
+    # what the peak left and what is free beside the request.
+    late = uncounted + LATE * GIB + steady - peak - (free - requested)
     g = GIB
     parts = (
         f"{requested / g:.2f} GiB ({utilization:g} of {total / g:.2f}) - weights {stage.weights / g:.2f} - activations "
@@ -696,14 +773,12 @@ def _verdict(
         tokens, concurrency, available = 0, float(max(1, batched // length)) if fits else 0.0, 0.0
     else:
         longest = _longest(stage, blocks, batched, shape.max_position)
-        if facts.v0 and facts.counts_all:
-            fits = True
-        else:
-            fits = requested <= free
+        # Engines that count the whole GPU as theirs find out by the KV cache.
+        fits = (facts.v0 and facts.counts_all) or requested <= free
         if not fits:
             reason = (
-                f"gpu_memory_utilization {utilization:g} asks for {requested / g:.2f} GiB and {max(0.0, free) / g:.2f} GiB "
-                f"are free at the start: at most {max(0.0, free / total):.3f}"
+                f"gpu_memory_utilization {utilization:g} asks for {requested / g:.2f} GiB and "
+                f"{max(0.0, free) / g:.2f} GiB are free at the start: at most {max(0.0, free / total):.3f}"
             )
         elif available <= 0 or blocks < 1:
             fits = False
@@ -717,8 +792,9 @@ def _verdict(
         elif late > 0 and not facts.v0:
             fits = False
             reason = (
-                f"the KV cache fits, but CUDA graphs ({graphs:.2f} GiB) come on top and lack {late / g:.2f} GiB: lower "
-                "gpu_memory_utilization or set enforce_eager"
+                f"the KV cache fits, but starting takes {(uncounted / g + LATE):.2f} GiB on top (CUDA graphs "
+                f"{uncounted / g:.2f}) and {late / g:.2f} GiB of that are missing: lower gpu_memory_utilization"
+                + (" or set enforce_eager" if uncounted else "")
             )
         else:
             reason = f"{parts} = {available / g:.2f} GiB of KV cache for {tokens} tokens"
