@@ -110,19 +110,30 @@ from ansible_collections.baremetal.vllm.plugins.module_utils import random_llama
 try:
     from http.client import HTTPException
     from urllib.error import HTTPError, URLError
-    from urllib.parse import quote
-    from urllib.request import Request, urlopen
+    from urllib.parse import quote, urlsplit
+    from urllib.request import HTTPRedirectHandler, Request, build_opener
 except ImportError:  # pragma: no cover - Python 2 only meets this file when ansible-test compiles it
-    HTTPException = HTTPError = URLError = Exception
+    HTTPException = HTTPError = URLError = HTTPRedirectHandler = Exception
 
 # Written by the role `model` next to the files once all of them are there.
 COMPLETE = ".baremetal-complete.json"
 # What a model is called, for each source.
-FORMS = {"huggingface": r"[A-Za-z0-9][\w.-]*/[\w.-]+$", "path": r"/", "generated": r"[\w-]+$"}
+FORMS = {"huggingface": r"[A-Za-z0-9][\w.-]*/\w[\w.-]*\Z", "path": r"/", "generated": r"[\w-]+\Z"}
 
 
 class Problem(Exception):
     """What is wrong with the model, in one line."""
+
+
+class Redirects(HTTPRedirectHandler):
+    """Follows redirects, but takes the token to no other server: a hub may send clients to somebody else's storage."""
+
+    def redirect_request(self, request, *arguments):
+        new = HTTPRedirectHandler.redirect_request(self, request, *arguments)
+        old_url, new_url = urlsplit(request.full_url), urlsplit(new.full_url)
+        if new_url.netloc != old_url.netloc or (old_url.scheme == "https" and new_url.scheme != "https"):
+            new.headers.pop("Authorization", None)
+        return new
 
 
 def weight_size(sizes):
@@ -134,9 +145,9 @@ def weight_size(sizes):
     return 0
 
 
-def parse_config(text, where):
+def parse_config(data, where):
     try:
-        config = json.loads(text)
+        config = json.loads(data.decode("utf-8"))
     except ValueError as error:
         raise Problem("%s is no JSON (%s): fetch the model again" % (where, error))
     if not isinstance(config, dict) or not config:
@@ -147,7 +158,7 @@ def parse_config(text, where):
 def from_folder(path):
     where = os.path.join(path, "config.json")
     try:
-        with open(where) as handle:
+        with open(where, "rb") as handle:
             config = parse_config(handle.read(), where)
         sizes = dict((name, os.path.getsize(os.path.join(path, name))) for name in os.listdir(path))
     except (IOError, OSError) as error:
@@ -159,9 +170,12 @@ def from_folder(path):
 
 
 def get(url, params, model):
+    """Bytes of the answer."""
+    if not re.match(r"https?://[^/\s]", params["endpoint"]):
+        raise Problem("model_hub_endpoint is %r: give an address such as https://huggingface.co" % params["endpoint"])
     headers = {"Authorization": "Bearer " + params["token"]} if params["token"] else {}
     try:
-        return urlopen(Request(url, headers=headers), timeout=params["timeout"]).read().decode("utf-8", "replace")
+        return build_opener(Redirects).open(Request(url, headers=headers), timeout=params["timeout"]).read()
     except HTTPError as error:
         if error.code in (401, 403, 404):
             # The hub says 401 for what does not exist, too, so as not to tell strangers what does.
@@ -170,7 +184,7 @@ def get(url, params, model):
                 "its licence there and give model_token" % (model["model"], model["revision"], params["endpoint"], error.code)
             )
         raise Problem("%s answers HTTP %d: try again later, or give another model_hub_endpoint" % (url, error.code))
-    except (URLError, HTTPException, OSError) as error:
+    except (URLError, HTTPException, OSError, ValueError) as error:  # ValueError: a bad certificate on Python 3.6
         raise Problem(
             "cannot reach the hub %s for model %s (%s): give model_hub_endpoint of a mirror, or the path of a local folder"
             % (params["endpoint"], model["model"], getattr(error, "reason", error))
@@ -189,7 +203,7 @@ def from_hub(params, model):
     endpoint, repo = params["endpoint"].rstrip("/"), quote(model["model"])
     answer = get("%s/api/models/%s/revision/%s?blobs=true" % (endpoint, repo, quote(model["revision"], "")), params, model)
     try:
-        information = json.loads(answer)
+        information = json.loads(answer.decode("utf-8"))
         sizes = dict((entry["rfilename"], entry.get("size")) for entry in information["siblings"])
         commit = information["sha"]
     except (ValueError, KeyError, TypeError):
@@ -209,7 +223,7 @@ def complete(model):
     except (IOError, OSError, ValueError):
         return None
     wanted = {"repo": model["model"], "revision": model["revision"]}
-    return stamp if dict((key, stamp.get(key)) for key in wanted) == wanted else None
+    return stamp if isinstance(stamp, dict) and dict((key, stamp.get(key)) for key in wanted) == wanted else None
 
 
 def from_generator(path):
@@ -230,7 +244,7 @@ def describe(entry, params):
             raise Problem("service %s has no model: give owner/name or the path of a folder" % entry.get("name"))
         source = entry.get("source") or ("path" if name.startswith("/") else "huggingface")
         result["source"] = source
-        if source not in FORMS:
+        if source not in list(FORMS):
             raise Problem("source %s of model %s is not known: give one of %s" % (source, name, ", ".join(sorted(FORMS))))
         if not re.match(FORMS[source], name):
             raise Problem(
@@ -245,7 +259,7 @@ def describe(entry, params):
         else:
             result.update(from_hub(params, result))
     except Problem as problem:
-        result["problem"] = str(problem)
+        result["problem"] = " ".join(str(problem).split())
     return result
 
 
