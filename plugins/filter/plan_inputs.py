@@ -11,7 +11,7 @@ description:
   - Joins RV(vllm_services) with what M(baremetal.vllm.model_info) read of their models and M(baremetal.vllm.gpu_facts) of the
     hosts, in the form that P(baremetal.vllm.vllm_plan#filter) takes. What the user wrote wins.
   - A service whose model no host can read is left out; the preflight reports it.
-positional: hosts, gpu, models, runtime
+positional: hosts, gpu, models, runtime, all_hosts
 options:
   _input:
     description: RV(vllm_services).
@@ -37,6 +37,12 @@ options:
     description: Runtime of services that name none.
     type: str
     default: venv
+  all_hosts:
+    description:
+      - Names of all hosts of the inventory. Where O(hosts) are only some of them, a service that names no hosts is refused,
+        as it would be planned onto the hosts that happen to be there, and one of other hosts is left out.
+    type: list
+    elements: str
 author:
   - baremetal.vllm maintainers
 """
@@ -82,16 +88,36 @@ def check_names(services: Any) -> None:
             )
 
 
+def _is_here(service: Mapping[str, Any], hosts: list[str]) -> bool:
+    """Whether a service belongs to a run that is limited to some hosts. Raises AnsibleFilterError when that cannot be told."""
+    named = service.get("hosts")
+    named = [named] if isinstance(named, str) else named
+    missing = [host for host in named or [] if host not in hosts]
+    if named and len(missing) == len(named):
+        return False
+    if not named or missing:
+        raise AnsibleFilterError(
+            f"this run is limited to {', '.join(hosts)}, and service {service['name']} "
+            + (f"needs {', '.join(missing)}, too" if missing else "may run on any host: it would be planned anew on these")
+            + ": run without --limit, or give the service `hosts` that are all in the run"
+        )
+    return True
+
+
 def plan_inputs(
     services: list[dict[str, Any]],
     hosts: list[str],
     gpu: list[dict[str, Any]],
     models: list[dict[str, Any]],
     runtime: str = "venv",
+    all_hosts: list[str] | None = None,
 ) -> dict[str, Any]:
     check_names(services)
+    limited = all_hosts is not None and set(all_hosts) != set(hosts)
     planned = []
     for service in services:
+        if limited and not _is_here(service, hosts):
+            continue
         readings = [found[service["name"]] for found in models if service["name"] in found]
         info = next((reading for reading in readings if not reading["problem"]), None)
         if info is None:
