@@ -96,6 +96,7 @@ checks:
 """
 
 import json
+import re
 import time
 
 from ansible.module_utils.basic import AnsibleModule
@@ -129,10 +130,11 @@ class Endpoint:
             headers["Authorization"] = "Bearer " + key
         data = None if body is None else json.dumps(body).encode("utf-8")
         try:
-            response = self.opener.open(Request(url, data, headers), timeout=self.params["timeout"])
+            try:
+                response = self.opener.open(Request(url, data, headers), timeout=self.params["timeout"])
+            except HTTPError as error:
+                response = error
             return response.getcode(), response.read().decode("utf-8", "replace")
-        except HTTPError as error:
-            return error.code, error.read().decode("utf-8", "replace")
         except (URLError, HTTPException, OSError) as error:
             raise Failed("%s: %s" % (url, getattr(error, "reason", error)))
 
@@ -166,29 +168,35 @@ class Endpoint:
             raise Failed("/models lists %s, not %s" % (", ".join(names) or "nothing", self.params["model"]))
         return ", ".join(names)
 
-    def text(self, choice, field):
-        answer = choice.get("text") if field == "text" else choice["message"].get("content")
-        # A reasoning model may spend all its tokens on thinking; tokens were made all the same.
-        answer = answer or choice.get("message", {}).get("reasoning") or ""
+    def told(self, answer):
         if not answer.strip():
             raise Failed("the answer is empty")
         return answer.strip()
 
+    def said(self, message):
+        # A reasoning model may spend all its tokens on thinking, under a name that changed; tokens were made all the same.
+        return message.get("content") or message.get("reasoning") or message.get("reasoning_content") or ""
+
     def completion(self):
-        return self.text(self.ask("/completions", self.request(prompt=self.params["prompt"]))["choices"][0], "text")
+        return self.told(self.ask("/completions", self.request(prompt=self.params["prompt"]))["choices"][0]["text"])
 
     def chat(self):
-        return self.text(self.ask("/chat/completions", self.request(messages=self.messages()))["choices"][0], "content")
+        choice = self.ask("/chat/completions", self.request(messages=self.messages()))["choices"][0]
+        return self.told(self.said(choice["message"]))
 
     def stream(self):
         status, text = self.send(
             self.base + "/chat/completions", self.request(messages=self.messages(), stream=True), self.key
         )
         events = [line[len("data:") :].strip() for line in text.splitlines() if line.startswith("data:")]
-        if status != 200 or len(events) < 3 or events[-1] != "[DONE]":
-            raise Failed("the stream gave HTTP %d and %d events, the last one %s" % (status, len(events), events[-1:]))
-        for event in events[:-1]:
-            json.loads(event)
+        if status != 200 or events[-1:] != ["[DONE]"]:
+            raise Failed("the stream gave HTTP %d and did not end with [DONE]: %s" % (status, text[-200:]))
+        answer = ""
+        for event in map(json.loads, events[:-1]):
+            if "error" in event:
+                raise Failed("the stream broke off: %s" % event["error"])
+            answer += "".join(self.said(choice["delta"]) for choice in event["choices"])
+        self.told(answer)
         return "%d events" % len(events)
 
     def wrong_key(self):
@@ -220,7 +228,7 @@ def run(endpoint, name):
         ok, detail = True, getattr(endpoint, name)()
     except Failed as error:
         ok, detail = False, str(error)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         ok, detail = False, "the answer has not the form of the OpenAI API: %r" % error
     return {"name": name, "ok": ok, "detail": detail, "ms": int((time.time() - start) * 1000)}
 
@@ -245,18 +253,24 @@ def main():
         supports_check_mode=True,
     )
     params = module.params
-    if not params["base_url"].rstrip("/").endswith("/v1"):
-        module.fail_json(msg="base_url is %s: give the address up to and with /v1" % params["base_url"])
+    if not re.match(r"https?://[^/\s]+(/\S*)?/v1/?\Z", params["base_url"]):
+        module.fail_json(
+            msg="base_url is %r: give the address up to and with /v1, such as http://127.0.0.1:8000/v1" % params["base_url"]
+        )
     if module.check_mode:
         module.exit_json(changed=False, skipped=True, checks=[], answer="")
     key = params["api_key"]
     if params["api_key_file"]:
         try:
-            with open(params["api_key_file"]) as handle:
-                key = handle.read().strip()
+            with open(params["api_key_file"], "rb") as handle:
+                key = handle.read().decode("utf-8", "replace").strip()
         except (IOError, OSError) as error:
             module.fail_json(msg="cannot read the API key from %s: %s" % (params["api_key_file"], error.strerror))
-        module.no_log_values.add(key)
+    # What does not fit into a header would be told in an error, and an empty value blots out every output.
+    if not re.match(r"[!-~]+\Z", key):
+        where = params["api_key_file"] or "api_key"
+        module.fail_json(msg="the API key in %s is no key: give printable ASCII characters without spaces" % where)
+    module.no_log_values.add(key)
     endpoint = Endpoint(params, key)
     checks = [run(endpoint, name) for name in params["checks"]]
     failed = [check for check in checks if not check["ok"]]

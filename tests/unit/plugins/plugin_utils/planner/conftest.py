@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,13 +42,14 @@ def ask_vllm() -> Callable[[list[list[str]]], Answer]:
     if python is None:
         pytest.skip("NO VLLM HERE: the real parser was not asked. Name an interpreter in BAREMETAL_VLLM_PYTHON")
 
-    def ask(lines: list[list[str]]) -> Answer:
+    @cache
+    def asked(lines: str) -> Answer:
         run = subprocess.run(
-            [python, "-c", SCRIPT], input=json.dumps(lines), capture_output=True, text=True, timeout=300, check=False
+            [python, "-c", SCRIPT], input=lines, capture_output=True, text=True, timeout=300, check=False
         )
         answer = next((line for line in run.stdout.splitlines() if line.startswith("ANSWER ")), None)
         assert answer, run.stderr[-2000:]
         version, options, errors = json.loads(answer.removeprefix("ANSWER "))
         return version, options, errors
 
-    return ask
+    return lambda lines: asked(json.dumps(lines))

@@ -214,6 +214,17 @@ def test_an_old_driver_gets_the_image_for_it() -> None:
     assert one(hosts, runtime="venv")["image"] is None
 
 
+def test_a_driver_that_supports_a_release_in_full_decides_which() -> None:
+    hosts = hosts_from_text("1x A10")
+    hosts[0]["driver_version"] = "550.144.03"
+    row = one(hosts, max_model_len=4096)
+    assert row["engine_version"] == "0.8.5.post1"
+    assert any("550.144.03 supports in full" in line for line in row["why"])
+    pinned = one(hosts, max_model_len=4096, engine_version="0.25.1")
+    assert pinned["image"].endswith("-cu129")
+    assert any("may be refused" in line for line in pinned["why"])
+
+
 def test_a_gpu_that_nothing_supports_is_refused() -> None:
     row = one("1x P100-PCIE-16GB")
     assert "compute capability 6.0" in row["problems"][0]

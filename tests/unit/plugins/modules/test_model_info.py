@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""model_info on folders, and against a stand-in for a hub."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ansible_collections.baremetal.vllm.plugins.module_utils import random_llama
+from ansible_collections.baremetal.vllm.plugins.modules import model_info
+from ansible_collections.baremetal.vllm.tests.fakes.hub import Fault, Hub
+from ansible_collections.baremetal.vllm.tests.fakes.openai_server import OpenAiServer
+from ansible_collections.baremetal.vllm.tests.fakes.server import Answer
+
+CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64}
+REPO = "owner/tiny-1.0"
+
+
+def write(folder: Path, files: dict[str, str | bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def model_files(**config: Any) -> dict[str, str | bytes]:
+    return {
+        "config.json": json.dumps({**CONFIG, **config}),
+        "model-00001-of-00002.safetensors": b"a" * 3000,
+        "model-00002-of-00002.safetensors": b"b" * 500,
+        "pytorch_model.bin": b"c" * 7000,
+        "original/consolidated.safetensors": b"d" * 9000,
+        "tokenizer.json": "{}",
+    }
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with Hub() as hub:
+        hub.add(REPO, write(tmp_path / "repo", model_files()))
+        yield hub
+
+
+@pytest.fixture
+def read(run_module: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """read(model, ..., endpoint=) -> the facts about one model."""
+
+    def read(model: Any = REPO, endpoint: str = "http://127.0.0.1:9", token: str | None = None, **entry: Any) -> Any:
+        params = {"models": [{"name": "chat", "model": model, **entry}], "root": str(tmp_path / "models")}
+        result = run_module(model_info, **params, endpoint=endpoint, token=token, timeout=2)
+        assert result["changed"] is False
+        facts = result["models"]["chat"]
+        assert bool(facts["problem"]) != bool(facts["config"]), "either a problem or a configuration"
+        assert "\n" not in facts["problem"]
+        return facts
+
+    return read
+
+
+def fetched(tmp_path: Path, stamp: Any, **config: Any) -> Path:
+    """A folder as the role model leaves it."""
+    text = stamp if isinstance(stamp, str) else json.dumps(stamp)
+    return write(tmp_path / "models" / REPO, {**model_files(**config), ".baremetal-complete.json": text})
+
+
+def test_a_model_of_the_hub(hub: Hub, read: Callable[..., Any], tmp_path: Path) -> None:
+    assert read(endpoint=hub.url) == {
+        "commit": hub.repositories[REPO].revisions["main"],
+        "config": CONFIG,
+        "model": REPO,
+        "path": f"{tmp_path}/models/{REPO}",
+        "present": False,
+        "problem": "",
+        "revision": "main",
+        "source": "huggingface",
+        "weights_bytes": 3500,  # safetensors of the top folder; vLLM reads neither the .bin nor original/
+    }
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_revision_becomes_a_commit(hub: Hub, read: Callable[..., Any], tmp_path: Path) -> None:
+    commit = hub.add(REPO, write(tmp_path / "other", model_files(hidden_size=128)), revision="refs/pr/1")
+    facts = read(endpoint=hub.url, revision="refs/pr/1")
+    assert (facts["commit"], facts["revision"], facts["config"]["hidden_size"]) == (commit, "refs/pr/1", 128)
+    assert read(endpoint=hub.url, revision=commit)["commit"] == commit
+
+
+def test_a_mirror_below_a_path_and_a_slash_at_the_end(hub: Hub, read: Callable[..., Any]) -> None:
+    assert read(endpoint=hub.url + "/")["problem"] == ""
+
+
+def test_weights_without_safetensors(hub: Hub, read: Callable[..., Any], tmp_path: Path) -> None:
+    files = {"config.json": json.dumps(CONFIG), "pytorch_model.bin": b"c" * 70, "training_args.pt": b"d" * 9}
+    hub.add("owner/old", write(tmp_path / "old", files))
+    assert read("owner/old", endpoint=hub.url)["weights_bytes"] == 70
+
+
+def test_a_complete_folder_needs_no_hub(read: Callable[..., Any], tmp_path: Path) -> None:
+    fetched(tmp_path, {"repo": REPO, "revision": "main", "commit": "abc"})
+    facts = read()
+    assert (facts["present"], facts["commit"], facts["weights_bytes"], facts["config"]) == (True, "abc", 3500, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "stamp",
+    [
+        {"repo": REPO, "revision": "v2", "commit": "abc"},
+        {"repo": "owner/another", "revision": "main", "commit": "abc"},
+        "{",
+        "[]",
+        "null",
+    ],
+)
+def test_a_folder_of_something_else_is_kept(hub: Hub, read: Callable[..., Any], tmp_path: Path, stamp: Any) -> None:
+    path = fetched(tmp_path, stamp)
+    assert read(endpoint=hub.url)["problem"] == (
+        f"{path} is there and is not revision main of {REPO} as this collection fetched it: move it away, or serve it "
+        "as it is by giving its path as the model"
+    )
+
+
+@pytest.mark.parametrize(("model", "revision"), [("owner/nobody-has-this", "main"), (REPO, "v9")])
+def test_not_to_be_had(hub: Hub, read: Callable[..., Any], model: str, revision: str) -> None:
+    status = 401 if model != REPO else 404  # the hub tells strangers nothing
+    assert read(model, endpoint=hub.url, revision=revision)["problem"] == (
+        f"model {model} (revision {revision}) is not to be had from {hub.url}: HTTP {status}. Check the name, and for "
+        "a gated model accept its licence there and give model_token"
+    )
+
+
+def test_gated(hub: Hub, read: Callable[..., Any], tmp_path: Path) -> None:
+    hub.add("meta/gated", write(tmp_path / "gated", model_files()), token="hf_right")
+    assert "HTTP 401" in read("meta/gated", endpoint=hub.url)["problem"]
+    refused = read("meta/gated", endpoint=hub.url, token="hf_wrong")
+    assert "HTTP 403" in refused["problem"]
+    assert read("meta/gated", endpoint=hub.url, token="hf_right")["config"] == CONFIG
+
+
+def test_the_token_is_not_told(
+    hub: Hub, run_module: Callable[..., Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Not even when a server repeats it."""
+    hub.faults.append(Fault("/api/", status=503))
+    for endpoint in (hub.url, "http://127.0.0.1:9", "hub.example/hf_right"):
+        models = [{"name": "chat", "model": REPO}]
+        result = run_module(model_info, models=models, root=str(tmp_path), endpoint=endpoint, token="hf_right")
+        assert "hf_right" not in result["text"]
+    assert "hf_right" not in "".join(capfd.readouterr())
+
+
+def test_the_token_stays_with_the_hub(hub: Hub, read: Callable[..., Any]) -> None:
+    """A mirror may send clients elsewhere; strangers get no token."""
+    with Hub() as elsewhere:
+        hub.faults.append(Fault("/resolve/", status=302, headers={"Location": f"{elsewhere.url}/config.json"}))
+        assert "HTTP 404" in read(endpoint=hub.url, token="hf_secret")["problem"]
+        assert [headers.get("Authorization") for _, _, headers in elsewhere.requests] == [None]
+    assert {headers.get("Authorization") for _, _, headers in hub.requests} == {"Bearer hf_secret"}
+
+
+def test_the_token_follows_a_renamed_model(hub: Hub, read: Callable[..., Any], tmp_path: Path) -> None:
+    hub.add("new/name", write(tmp_path / "gated", model_files()), token="hf_right")
+    hub.faults.append(Fault("/api/models/old/", status=307, headers={"Location": "/api/models/new/name/revision/main"}))
+    hub.faults.append(Fault("^/old/", status=307, headers={"Location": "/new/name/resolve/main/config.json"}))
+    assert read("old/name", endpoint=hub.url, token="hf_right")["config"] == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [
+        (
+            Fault("/api/", status=429, headers={"Retry-After": "1"}),
+            "answers HTTP 429: try again later, or give another",
+        ),
+        (Fault("/api/", status=503), "answers HTTP 503: try again later"),
+        (Fault("/api/", hang_up=True), "cannot reach the hub"),
+        (Fault("/api/", cut_at=20), "cannot reach the hub"),
+        (Fault("/resolve/", cut_at=5), "cannot reach the hub"),
+        (Fault("/resolve/", stall_at=5), "cannot reach the hub"),
+    ],
+)
+def test_hubs_in_trouble(hub: Hub, read: Callable[..., Any], fault: Fault, problem: str) -> None:
+    hub.faults.append(fault)
+    said = read(endpoint=hub.url)["problem"]
+    assert problem in said
+    assert "model_hub_endpoint" in said
+
+
+def test_nobody_there(read: Callable[..., Any]) -> None:
+    assert read()["problem"] == (
+        f"cannot reach the hub http://127.0.0.1:9 for model {REPO} ([Errno 111] Connection refused): give "
+        "model_hub_endpoint of a mirror, or the path of a local folder"
+    )
+
+
+@pytest.mark.parametrize("endpoint", ["hub.example", "", "file:///etc", "http://"])
+def test_an_address_that_is_none(read: Callable[..., Any], endpoint: str) -> None:
+    said = read(endpoint=endpoint)["problem"]
+    assert f"model_hub_endpoint is {endpoint!r}" in said
+    assert "https://" in said
+
+
+def test_a_server_that_is_no_hub(read: Callable[..., Any]) -> None:
+    with OpenAiServer() as server:
+        path = f"/api/models/{REPO}/revision/main"
+        for body in (b"<html>hello</html>", b"[]", b'"x"', b'{"sha": "1"}', b'{"siblings": [{}], "sha": "1"}'):
+            server.overrides["GET", path] = Answer(body=body)
+            assert read(endpoint=server.url)["problem"] == (
+                f"{server.url} is no model hub: its answer has no list of files. Check model_hub_endpoint"
+            )
+
+
+def test_no_config(hub: Hub, read: Callable[..., Any], tmp_path: Path) -> None:
+    hub.add("owner/adapter", write(tmp_path / "adapter", {"adapter_model.safetensors": b"x"}))
+    assert read("owner/adapter", endpoint=hub.url)["problem"] == (
+        "model owner/adapter holds no config.json: vLLM cannot serve it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ("{", "is no JSON"),
+        ("", "is no JSON"),
+        (b'{"x": "\xff\xfe"}', "is no"),
+        ("[1]", "is no model's configuration"),
+        ("{}", "is no model's configuration"),
+    ],
+)
+def test_a_config_that_is_none(
+    hub: Hub, read: Callable[..., Any], tmp_path: Path, config: str | bytes, problem: str
+) -> None:
+    folder = write(tmp_path / "odd", {"config.json": config, "model.safetensors": b"x"})
+    commit = hub.add("owner/odd", folder)
+    for facts, where in (
+        (read("owner/odd", endpoint=hub.url), f"{hub.url}/owner/odd/resolve/{commit}/config.json"),
+        (read(str(folder)), f"{folder}/config.json"),
+    ):
+        assert facts["problem"].startswith(f"{where} {problem}")
+
+
+def test_a_folder(read: Callable[..., Any], tmp_path: Path) -> None:
+    facts = read(str(write(tmp_path / "local", model_files())))
+    assert (facts["source"], facts["path"], facts["present"], facts["commit"]) == (
+        "path",
+        f"{tmp_path}/local",
+        True,
+        "",
+    )
+    assert facts["weights_bytes"] == 3500
+
+
+@pytest.mark.parametrize("make", ["nothing", "empty", "file", "dangling"])
+def test_a_folder_without_a_model(read: Callable[..., Any], tmp_path: Path, make: str) -> None:
+    folder = tmp_path / "local"
+    if make == "empty":
+        folder.mkdir()
+    elif make == "file":
+        folder.write_text("")
+    elif make == "dangling":  # what a copied cache of the client looks like when its blobs stayed behind
+        write(folder, {"config.json": json.dumps(CONFIG)})
+        (folder / "model.safetensors").symlink_to("../blobs/gone")
+    said = read(str(folder))["problem"]
+    assert said.startswith(f"no model in {folder}: ")
+    assert said.endswith("give the folder that holds config.json and the weights")
+
+
+def test_a_generated_model(read: Callable[..., Any], tmp_path: Path) -> None:
+    facts = read("random-llama", source="generated")
+    assert (facts["present"], facts["config"], facts["path"]) == (
+        False,
+        random_llama.CONFIG,
+        f"{tmp_path}/models/random-llama",
+    )
+    random_llama.write(facts["path"], 0)
+    facts = read("random-llama", source="generated")
+    assert facts["present"] is True
+    size = Path(facts["path"], "model.safetensors").stat().st_size
+    assert 0 < size - facts["weights_bytes"] < 4096  # the header
+    Path(facts["path"], random_llama.MANIFEST).unlink()
+    assert "exists and is no generated model" in read("random-llama", source="generated")["problem"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ({"model": None}, "service chat has no model: give owner/name or the path of a folder"),
+        ({"model": ""}, "service chat has no model"),
+        ({"model": ["a/b"]}, "service chat has no model"),
+        ({"model": "gpt"}, "model gpt is no name for source huggingface: give owner/name"),
+        ({"model": "a/b/c"}, "model a/b/c is no name for source huggingface"),
+        ({"model": "../etc"}, "model ../etc is no name for source huggingface"),
+        ({"model": "owner/.."}, "model owner/.. is no name for source huggingface"),
+        ({"model": "owner/."}, "model owner/. is no name for source huggingface"),
+        ({"model": "owner/name\n"}, "model owner/name is no name for source huggingface"),
+        ({"model": "rel/path", "source": "path"}, "model rel/path is no name for source path"),
+        ({"model": "a/b", "source": "generated"}, "model a/b is no name for source generated"),
+        ({"model": "..", "source": "generated"}, "model .. is no name for source generated"),
+        (
+            {"model": "a/b", "source": "modelscope"},
+            "source modelscope of model a/b is not known: give one of generated, ",
+        ),
+        ({"model": "a/b", "source": ["path"]}, "of model a/b is not known"),
+    ],
+)
+def test_bad_entries(read: Callable[..., Any], entry: dict[str, Any], problem: str) -> None:
+    assert problem in read(**entry)["problem"]
+
+
+def test_problems_do_not_hide_other_models(run_module: Callable[..., Any], tmp_path: Path) -> None:
+    write(tmp_path / "local", model_files())
+    models = [{"name": "bad", "model": "gpt"}, {"name": "good", "model": f"{tmp_path}/local"}]
+    result = run_module(model_info, models=models, root=str(tmp_path))
+    assert [bool(result["models"][name]["problem"]) for name in ("bad", "good")] == [True, False]
+
+
+@pytest.mark.client
+class TestTheRealClient:
+    """The stand-in speaks with the client that the role model installs; else tests of downloads would prove nothing."""
+
+    @pytest.fixture
+    def download(self, tool_environment: Callable[..., Path], tmp_path: Path) -> Callable[..., Any]:
+        hf = tool_environment("huggingface_hub==1.33.0") / "hf"
+
+        def download(hub: Hub, *arguments: str, token: str = "") -> subprocess.CompletedProcess[str]:
+            settings = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_ENDPOINT": hub.url}
+            settings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "2", "PATH": "/usr/bin:/bin"}
+            command = [str(hf), "download", *arguments, "--local-dir", str(tmp_path / "out")]
+            return subprocess.run(
+                command,
+                env=settings | ({"HF_TOKEN": token} if token else {}),
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+
+        return download
+
+    def test_download(self, hub: Hub, download: Callable[..., Any], tmp_path: Path) -> None:
+        commit = hub.repositories[REPO].revisions["main"]
+        hub.faults.append(Fault("/cdn/", cut_at=100, times=1))  # the client tries again
+        process = download(hub, REPO, "--revision", commit, "--exclude", "original/*")
+        assert process.returncode == 0, process.stdout + process.stderr
+        for name, content in model_files().items():
+            path = tmp_path / "out" / name
+            if name.startswith("original/"):
+                assert not path.exists()
+            else:
+                assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
+        assert len([path for path in hub.paths() if path.startswith("/cdn/")]) == 4
+
+    def test_refused(self, hub: Hub, download: Callable[..., Any], tmp_path: Path) -> None:
+        hub.add("meta/gated", write(tmp_path / "gated", model_files()), token="hf_right")
+        for arguments, token, words in (
+            (("owner/nobody-has-this",), "", "not found"),
+            (("meta/gated",), "hf_wrong", "requires approval"),
+        ):
+            process = download(hub, *arguments, token=token)
+            assert process.returncode != 0
+            assert words in (process.stdout + process.stderr).lower()
+
+    def test_download_of_a_gated_model(self, hub: Hub, download: Callable[..., Any], tmp_path: Path) -> None:
+        hub.add("meta/gated", write(tmp_path / "gated", model_files()), token="hf_right")
+        process = download(hub, "meta/gated", "config.json", "model-00001-of-00002.safetensors", token="hf_right")
+        assert process.returncode == 0, process.stdout + process.stderr
+        assert (tmp_path / "out/model-00001-of-00002.safetensors").stat().st_size == 3000
+        asked = [{name.lower() for name in headers} for _, path, headers in hub.requests if path.startswith("/cdn/")]
+        assert asked and all("authorization" not in names for names in asked)
+
+
+def test_the_stand_in_serves_parts_of_a_file(hub: Hub) -> None:
+    def fetch(wanted: str) -> tuple[int, bytes, str]:
+        url = f"{hub.url}/{REPO}/resolve/main/model-00001-of-00002.safetensors"
+        try:
+            answer = urllib.request.urlopen(urllib.request.Request(url, headers={"Range": wanted}))
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            return answer.status, answer.read(), answer.headers["Content-Range"]
+
+    assert fetch("bytes=2990-") == (206, b"a" * 10, "bytes 2990-2999/3000")
+    assert fetch("bytes=10-19") == (206, b"a" * 10, "bytes 10-19/3000")
+    assert fetch("bytes=3000-")[::2] == (416, "bytes */3000")
