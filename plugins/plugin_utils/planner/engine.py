@@ -171,6 +171,12 @@ def build_for(
     return "", problems, []
 
 
+def is_tolerated(engine: Engine, suffix: str, driver: str | None) -> bool:
+    """The driver is older than the one that the build's CUDA came with."""
+    row = load("engines")["cuda"]["12.9" if suffix else engine.cuda]
+    return driver is not None and not at_least(driver, row["own_driver"])
+
+
 def architecture_problem(engine: Engine, architecture: str) -> str | None:
     """Why the release cannot load a model class, or None (also for a class that no release lists: a plugin's)."""
     row = load("architectures")["architectures"].get(architecture)

@@ -205,32 +205,38 @@ def _least_weights_gib(service: Service) -> float:
 
 
 def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engine | None, str, list[str], list[str]]:
-    """The release that the user set, or the default one, or else the newest that can serve this model on this GPU."""
+    """The release that the user set, or the default one, or else the newest that can serve this model on this GPU.
+
+    One that the driver supports in full comes before one that it merely tolerates.
+    """
     container = service.runtime == "container"
-    quantization = service.quantization or service.shape.quantization
+    driver = None if service.image else driver
     wanted = load("engines")["default_version"]["cuda"]
-    candidates = (
-        [service.engine] if service.engine else [engines.get(v) for v in (wanted, *reversed(engines.versions()))]
-    )
-    first: list[str] = []
-    for engine in candidates:
-        suffix, problems, remarks = engines.build_for(
-            engine, gpu.capability, None if service.image else driver, container
-        )
+    names = [service.engine.version] if service.engine else [wanted, *reversed(engines.versions())]
+    able, refused = [], []
+    for engine in map(engines.get, names):
+        suffix, problems, remarks = engines.build_for(engine, gpu.capability, driver, container)
         if problem := engines.architecture_problem(engine, service.shape.architecture):
             problems.append(problem)
-        if not problems:
-            # No other release helps against a GPU that cannot run the weights: say it of this one.
-            problem = engines.quantization_problem(quantization, gpu.capability)
-            if engine.version != wanted and not service.engine:
-                remarks.append(f"vLLM {engine.version}: " + (first[0] if first else "the newest that fits"))
-            return (None, "", [problem], []) if problem else (engine, suffix, [], remarks)
-        first += problems
-    if service.engine:
-        other = _choose_engine(replace(service, engine=None), gpu, driver)[0]
-        if other:
-            first.append(f"engine_version {other.version} can")
-    return None, "", first if service.engine else first[:1], []
+        if problems:
+            refused += problems
+        elif engine.version != wanted and not service.engine and refused:
+            able.append((engine, suffix, [*remarks, f"vLLM {engine.version}: {refused[0]}"]))
+        else:
+            able.append((engine, suffix, remarks))
+    if not able:
+        if service.engine and (other := _choose_engine(replace(service, engine=None), gpu, driver)[0]):
+            refused.append(f"engine_version {other.version} can")
+        return None, "", refused if service.engine else refused[:1], []
+    # No release helps against a GPU that cannot run the weights.
+    if problem := engines.quantization_problem(service.quantization or service.shape.quantization, gpu.capability):
+        return None, "", [problem], []
+    engine, suffix, remarks = next(
+        (each for each in able if not engines.is_tolerated(each[0], each[1], driver)), able[0]
+    )
+    if engine is not able[0][0]:
+        remarks = [f"vLLM {engine.version}: the newest that driver {driver} supports in full; a newer one allows more"]
+    return engine, suffix, [], remarks
 
 
 def batches(service: Service, gpu: Gpu, engine: Engine, length: int) -> Iterator[tuple[int, int]]:

@@ -36,10 +36,9 @@ def bar(parts: Sequence[tuple[str, float]], total: float, width: int = WIDTH) ->
 
 
 def command_of(service: Plan) -> str:
-    """The server's command line with its environment, as a shell takes it."""
+    """The server's command line with its environment, as a shell takes it (an image has its first words built in)."""
     env = [f"{name}={shlex.quote(value)}" for name, value in sorted(service["env"].items())]
-    command = [] if service.get("image") else service["command"]
-    return " ".join([*env, *(shlex.quote(str(arg)) for arg in [*command, *service["args"]])])
+    return " ".join([*env, *(shlex.quote(str(arg)) for arg in [*service["command"], *service["args"]])])
 
 
 def _where(service: Plan) -> str:
@@ -48,6 +47,23 @@ def _where(service: Plan) -> str:
         f"{host} (GPU {', '.join(map(str, service['gpus'][host]))})" if service["gpus"].get(host) else f"{host} (CPU)"
         for host in service["hosts"]
     )
+
+
+def _context(service: Plan) -> str:
+    memory = service["memory"]
+    text = f"{service['max_model_len']} tokens a request, {service['max_num_seqs']} requests at most"
+    if not memory["kv_cache_tokens"]:
+        return f"{text}, no cache needed"
+    return (
+        f"{text}, cache for {memory['kv_cache_tokens']} tokens: {memory['max_concurrency']:.2f} full requests at once"
+    )
+
+
+def _memory(service: Plan) -> str:
+    """ "weights 15.41, KV cache 2.77 = 18.18 GiB on each GPU"."""
+    memory = service["memory"]
+    parts = ", ".join(f"{words} {memory[key]:.2f}" for key, words, _, _ in PARTS if memory[key])
+    return f"{parts} = {memory['footprint_gib']:.2f} GiB{' on each GPU' if service['gpus'] else ''}"
 
 
 def _context(service: Plan) -> str:
@@ -85,7 +101,6 @@ def as_text(plan: Plan) -> str:
         lines += [f"{service['name']}: {service['model']}  [{'fits' if service['fits'] else 'DOES NOT FIT'}]"]
         lines += [f"  problem: {problem}" for problem in service["problems"]]
         if service["instances"]:
-            memory = service["memory"]
             where = (
                 f"vLLM {service['engine_version']} {service['engine_core']}, {service['device']}, {service['runtime']}"
             )
@@ -93,8 +108,7 @@ def as_text(plan: Plan) -> str:
                 f"  on       {_where(service)}",
                 f"  layout   {_layout(service)}, {where}",
                 f"  context  {_context(service)}",
-                f"  memory   {', '.join(f'{words} {size:.2f}' for words, _, size in _sizes(service))} "
-                f"= {memory['footprint_gib']:.2f} GiB{' on each GPU' if service['gpus'] else ''}",
+                f"  memory   {_memory(service)}",
             ]
             if service.get("image"):
                 lines.append(f"  image    {service['image']}")
@@ -195,7 +209,7 @@ def _service_html(service: Plan) -> str:
             ),
             ("image", service.get("image") or ""),
             ("context", _context(service)),
-            ("memory", ", ".join(f"{words} {size:.2f}" for words, _, size in _sizes(service)) + " GiB"),
+            ("memory", _memory(service)),
         ]
     table = "".join(f"<tr><th>{escape(key)}</th><td>{escape(str(value))}</td></tr>" for key, value in rows if value)
     html.append(f"<table>{table}</table>")

@@ -47,10 +47,13 @@ class _Server:
     def __init__(self, service: Service, instance: Instance, utilization: float) -> None:
         self.service, self.need, self.utilization = service, instance.need, utilization
         self.shape, self.gpu = instance.shape, instance.places[0].gpu
-        self.used = max(
+        others = [
             place.used + sum(size for claimant, size in place.claims if claimant is not instance)
             for place in instance.places
-        )
+        ]
+        self.used = max(others)
+        slack = SLACK * self.need.visible if service.utilization is None else 0.0
+        self.limit = instance.places[0].total - self.used - slack
         # Where prompts are not split, the batch must hold a whole one.
         unsplit = self.need.engine.core(self.gpu.capability) == "V0" or service.pools
         self.unsplit = unsplit and service.max_num_batched_tokens is None
@@ -77,7 +80,8 @@ class _Server:
 
     def holds(self, length: int, tokens: int, seqs: int) -> bool:
         memory = self.memory(length, tokens, seqs)
-        return memory.fits and (self.service.pools or memory.max_concurrency + 1e-6 >= self.service.min_concurrency)
+        enough = self.service.pools or memory.max_concurrency + 1e-6 >= self.service.min_concurrency
+        return memory.fits and enough and memory.footprint_gib <= self.limit + 1e-6
 
     def tokens_for(self, length: int) -> int:
         """max_num_batched_tokens for a context."""
