@@ -171,12 +171,13 @@ class Allocator:
 
     Up to 1 MiB a tensor gets a multiple of 512 bytes. Up to 10 MiB it is cut from segments of 20 MiB, above from a
     segment of its own in steps of 2 MiB; what is left of a block is cut off when it is more than 1 MiB, and counts as
-    the tensor's otherwise. vLLM loads weights with ``max_split_size_mb:20``: from 20 MiB on nothing is cut off.
-    Source: c10/cuda/CUDACachingAllocator (PyTorch 2.11), vLLM v1/worker/gpu_worker.py.
+    the tensor's otherwise. From ``whole_from`` on nothing is cut off: vLLM 0.20 and later load weights with
+    ``max_split_size_mb:20``. Source: c10/cuda/CUDACachingAllocator (PyTorch 2.11), vLLM v1/worker/gpu_worker.py.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, whole_from: int = LARGE) -> None:
         self.counted = 0
+        self._whole_from = whole_from
         self._free: list[int] = []
 
     def take(self, size: int) -> None:
@@ -184,8 +185,8 @@ class Allocator:
         if size <= MIB:
             self.counted += -(-size // 512) * 512
             return
-        whole = size >= LARGE  # no block of 20 MiB or more is cut: such a tensor takes one that is little larger
-        fitting = (free for free in self._free if free >= size and (whole or free < LARGE))
+        whole = size >= self._whole_from  # takes a free block only when that is little larger
+        fitting = (free for free in self._free if free >= size and (whole or free < self._whole_from))
         block = min((free for free in fitting if not whole or free < size + LARGE), default=0)
         if block:
             self._free.remove(block)
@@ -203,10 +204,10 @@ class Allocator:
 
 
 def _weights(
-    shape: ModelShape, tp: int, expert_split: int, layers: range, first: bool, last: bool, element: int
+    shape: ModelShape, tp: int, expert_split: int, layers: range, first: bool, last: bool, element: int, whole_from: int
 ) -> int:
     quant = shape.quant
-    memory = Allocator()
+    memory = Allocator(whole_from)
     table = shape.rotary_elements
     for name, rows, cols, part in matrices(shape, tp, expert_split, layers, first, last):
         quantized = (
@@ -248,7 +249,9 @@ def _weights(
 def _disk_bytes(shape: ModelShape) -> int:
     """Bytes of the checkpoint as this module sees it, to compare with the true size."""
     plain = DTYPE_BYTES[shape.dtype]
-    return max(1, _weights(shape, 1, 1, range(shape.num_layers), True, True, plain) - shape.rotary_elements * plain)
+    return max(
+        1, _weights(shape, 1, 1, range(shape.num_layers), True, True, plain, LARGE) - shape.rotary_elements * plain
+    )
 
 
 def _dense_token(shape: ModelShape, inner: int, gated: bool, tp: int, element: int, compiled: bool) -> int:
@@ -371,9 +374,9 @@ def _kv_layout(
 
 
 def _stages(
-    shape: ModelShape, tp: int, pp: int, expert_split: int, element: int, kv_bytes: float
+    shape: ModelShape, tp: int, pp: int, expert_split: int, element: int, kv_bytes: float, whole_from: int
 ) -> tuple[_Stage, ...]:
-    key = ("stages", tp, pp, expert_split, element, kv_bytes)
+    key = ("stages", tp, pp, expert_split, element, kv_bytes, whole_from)
     if key in shape.cache:
         return shape.cache[key]  # type: ignore[no-any-return]
     stages = []
@@ -384,7 +387,7 @@ def _stages(
         latent = next((a for a in (shape.layers[i].attention for i in layers) if a and a.kind == "mla"), None)
         stages.append(
             _Stage(
-                weights=int(_weights(shape, tp, expert_split, layers, first, last, element) * scale),
+                weights=int(_weights(shape, tp, expert_split, layers, first, last, element, whole_from) * scale),
                 dense=tuple(_mlp_tokens(shape, tp, layers, element, False, compiled) for compiled in (False, True)),  # type: ignore[arg-type]
                 sparse=tuple(_mlp_tokens(shape, tp, layers, element, True, compiled) for compiled in (False, True)),  # type: ignore[arg-type]
                 attention=_attention_token(shape, tp, layers, element),
@@ -419,6 +422,7 @@ class _Engine:
     native_sort: bool
     compile_peak: bool
     fused_reduce: bool
+    whole_from: int
     chunked_above: int
     family: str
 
@@ -454,6 +458,7 @@ def _engine(shape: ModelShape, version: str, capability: tuple[int, int]) -> _En
             compile_peak=since("0.20.0"),
             # 0.25 prefers another backend, which took nothing in the rows measured.
             fused_reduce=since("0.20.0") and not since("0.25.0"),
+            whole_from=LARGE if since("0.20.0") else 1 << 62,
             chunked_above=32768 if since("0.4.3") else 1 << 62,
             family="hopper" if capability >= (9, 0) else "other",
         )
@@ -672,7 +677,7 @@ def engine_memory(
     world = "tp" if tp > 1 else "pp" if pp > 1 else "alone"
     kv_bytes = KV_DTYPES[kv_cache_dtype] or element
     expert_split = tp * dp if expert_parallel and shape.experts else 1
-    stages = _stages(shape, tp, pp, expert_split, element, kv_bytes)
+    stages = _stages(shape, tp, pp, expert_split, element, kv_bytes, facts.whole_from)
     if facts.v0 and batched < length <= facts.chunked_above:
         batched = length  # V0 reads a prompt in one piece, and profiles with the longest
     sms = _SMS.get(capability, 132)
