@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Shapes of real models: parameters, KV cache, how they can be split, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.errors import PlanError
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.model import (
+    ModelShape,
+    padded_vocab,
+    parse_config,
+    pp_layers,
+    pp_problems,
+    tp_problems,
+    tp_sizes,
+)
+
+CONFIGS: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parents[4] / "benchmarks" / "truth" / "configs.json").read_text()
+)
+POWERS = [1, 2, 4, 8, 16]
+
+
+def config(kind: str, architecture: str, **fields: Any) -> dict[str, Any]:
+    return {"model_type": kind, "architectures": [architecture], "torch_dtype": "bfloat16", **fields}
+
+
+def qwen3(layers: int, hidden: int, heads: int, inter: int) -> dict[str, Any]:
+    return config(
+        "qwen3", "Qwen3ForCausalLM", num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads,
+        num_key_value_heads=8, head_dim=128, intermediate_size=inter, vocab_size=151936, tie_word_embeddings=False,
+        max_position_embeddings=40960,
+    )  # fmt: skip
+
+
+BAICHUAN = config(
+    "baichuan", "BaichuanForCausalLM", num_hidden_layers=32, hidden_size=4096, num_attention_heads=32,
+    intermediate_size=11008, vocab_size=125696, model_max_length=4096, max_position_embeddings=4096,
+    auto_map={"AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM"},
+)  # fmt: skip
+DEEPSEEK_R1 = config(
+    "deepseek_v3", "DeepseekV3ForCausalLM", num_hidden_layers=61, hidden_size=7168, num_attention_heads=128,
+    num_key_value_heads=128, intermediate_size=18432, moe_intermediate_size=2048, n_routed_experts=256,
+    n_shared_experts=1, num_experts_per_tok=8, first_k_dense_replace=3, moe_layer_freq=1, kv_lora_rank=512,
+    q_lora_rank=1536, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, vocab_size=129280,
+    max_position_embeddings=163840, tie_word_embeddings=False,
+    rope_scaling={"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096},
+    quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+)  # fmt: skip
+STEP = config(
+    "step3p5", "Step3p5ForCausalLM", num_hidden_layers=45, hidden_size=4096, num_attention_heads=64,
+    num_attention_groups=8, head_dim=128, intermediate_size=11264, moe_intermediate_size=1280, moe_num_experts=288,
+    moe_top_k=8, share_expert_dim=1280, moe_layers_enum=",".join(map(str, range(3, 45))), vocab_size=128896,
+    max_position_embeddings=262144, sliding_window=512, tie_word_embeddings=False,
+    layer_types=["full_attention" if i % 4 == 0 else "sliding_attention" for i in range(48)],
+    attention_other_setting={
+        "attention_type": "sliding_attention", "num_attention_heads": 96, "num_attention_groups": 8, "head_dim": 128,
+    },
+)  # fmt: skip
+FP8_BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+STEP_VL = {
+    "architectures": ["StepVLForConditionalGeneration"],
+    "model_type": "step_vl",
+    "auto_map": {"AutoModel": "modeling.StepVL"},
+    "text_config": {k: v for k, v in qwen3(36, 4096, 32, 12288).items() if k != "architectures"},
+    "vision_config": {"width": 1536, "layers": 47, "heads": 16, "mlp_ratio": 5.83},
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "billions", "kv_bytes", "sizes", "longest"),
+    [
+        pytest.param(CONFIGS["qwen2.5-1.5b"], 1.54, 28672, [1, 2, 4], 32768, id="qwen2.5-1.5b"),
+        pytest.param(CONFIGS["qwen2.5-7b"], 7.6, 57344, [1, 2, 4], 32768, id="qwen2.5-7b"),
+        pytest.param(CONFIGS["qwen2.5-14b"], 14.7, 196608, [1, 2, 4, 8], 32768, id="qwen2.5-14b"),
+        pytest.param(CONFIGS["qwen2.5-32b"], 32.7, 262144, [1, 2, 4, 8], 32768, id="qwen2.5-32b"),
+        pytest.param(qwen3(40, 5120, 40, 17408), 14.8, 163840, [1, 2, 4, 8], 40960, id="qwen3-14b"),
+        pytest.param(qwen3(64, 5120, 64, 25600), 32.8, 262144, POWERS, 40960, id="qwen3-32b"),
+        pytest.param(CONFIGS["llama-2-7b"], 6.7, 524288, POWERS, 4096, id="llama-2-7b"),
+        pytest.param(CONFIGS["mistral-7b"], 7.25, 131072, POWERS, 32768, id="mistral-7b"),
+        pytest.param(CONFIGS["falcon-7b"], 6.92, 8192, [1], 2048, id="falcon-7b"),
+        pytest.param(BAICHUAN, 7.5, 524288, POWERS, 4096, id="baichuan2-7b"),
+        pytest.param(CONFIGS["bge-m3"], 0.567, 0, POWERS, 8192, id="bge-m3"),
+        pytest.param(CONFIGS["bge-reranker-base"], 0.278, 0, [1, 2, 4], 512, id="bge-reranker-base"),
+        pytest.param(DEEPSEEK_R1, 671, 70272, POWERS, 163840, id="deepseek-r1"),
+        pytest.param(STEP, 196, 45 * 4096, POWERS, 262144, id="step-3.5-flash"),
+        pytest.param(STEP_VL, 10.0, 147456, POWERS, 40960, id="step3-vl-10b"),
+    ],
+)
+def test_models_of_the_seeds(
+    source: dict[str, Any], billions: float, kv_bytes: int, sizes: list[int], longest: int
+) -> None:
+    shape = parse_config(source)
+    assert shape.parameters / 1e9 == pytest.approx(billions, rel=0.02)
+    assert shape.kv_bytes_per_token() == kv_bytes
+    assert tp_sizes(source, 16) == sizes
+    assert shape.max_position == longest
+
+
+def test_step_flash_in_fp8_blocks_splits_over_two_gpus_at_most() -> None:
+    source = {**STEP, "quantization_config": FP8_BLOCKS}
+    assert tp_sizes(source, 8) == [1, 2]
+    assert (
+        "TP 4 is not possible: expert intermediate size 1280 in fp8 blocks of 128 leaves 320 for each GPU"
+        in tp_problems(parse_config(source), 4)
+    )
+    # Dealing whole experts out does not help: the shared expert is still cut.
+    assert any("shared expert" in r for r in tp_problems(parse_config(source), 4, expert_parallel=True))
+    assert not tp_problems(parse_config(source), 2, expert_parallel=True, data_parallel_size=4)
+
+
+def test_reasons_name_the_numbers() -> None:
+    shape = parse_config(CONFIGS["qwen2.5-32b"])
+    assert tp_problems(shape, 3) == ["TP 3 is not possible: 40 attention heads"]
+    assert tp_problems(shape, 6) == ["TP 6 is not possible: 40 attention heads"]
+    assert "TP 5 is not possible: 8 KV heads can neither be divided nor repeated" in tp_problems(shape, 5)
+    assert tp_problems(shape, 1) == tp_problems(shape, 8) == []
+    assert tp_problems(parse_config(CONFIGS["qwen3-30b-a3b"]), 2, expert_parallel=True, data_parallel_size=3) == [
+        "TP 2 is not possible: 128 experts cannot be dealt evenly over 6 GPUs"
+    ]
+
+
+def test_kv_heads_are_repeated_when_there_are_fewer_than_gpus() -> None:
+    shape = parse_config(CONFIGS["qwen2.5-1.5b"])
+    assert shape.kv_bytes_per_token(2) == shape.kv_bytes_per_token() // 2
+    assert shape.kv_bytes_per_token(4) == shape.kv_bytes_per_token(2)
+
+
+def test_a_latent_cache_is_not_split() -> None:
+    shape = parse_config(DEEPSEEK_R1)
+    assert shape.kv_bytes_per_token(8) == shape.kv_bytes_per_token(1) == 61 * (512 + 64) * 2
+
+
+def test_quantization_groups_must_not_straddle_the_cut() -> None:
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
+    odd = {**CONFIGS["llama-2-7b"], "intermediate_size": 11008, "quantization_config": awq}
+    assert tp_sizes(CONFIGS["llama-2-7b"], 8) == [1, 2, 4, 8]
+    assert tp_sizes(odd, 8) == [1, 2]  # 11008 / 4 = 2752 = 21.5 groups of 128
+    assert "groups of 128 leaves 2752" in tp_problems(parse_config(odd), 4)[0]
+
+
+@pytest.mark.parametrize(
+    ("raw", "method", "bits"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}, "gptq", 4),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, "gptq", 8),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}, "awq", 4),
+        (FP8_BLOCKS, "fp8", 8),
+        ({"quant_method": "mxfp4"}, "mxfp4", 4),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes", 4),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt", 4),
+        (CONFIGS["llama-3.1-8b-w4a16"]["quantization_config"], "compressed-tensors", 4),
+        (CONFIGS["llama-3.1-8b-w8a8-fp8"]["quantization_config"], "compressed-tensors", 8),
+    ],
+)
+def test_quantized_checkpoints(raw: dict[str, Any], method: str, bits: int) -> None:
+    shape = parse_config({**CONFIGS["llama-3.1-8b"], "quantization_config": raw})
+    assert shape.quantization == method
+    assert shape.quant is not None and shape.quant.bits == bits
+
+
+def test_an_unknown_quantization_is_planned_and_said() -> None:
+    shape = parse_config({**CONFIGS["llama-3.1-8b"], "quantization_config": {"quant_method": "shiny", "bits": 3}})
+    assert shape.quant is not None and shape.quant.bits == 3
+    assert "shiny is not known" in " ".join(shape.notes)
+
+
+def kinds(shape: ModelShape) -> list[str]:
+    return [layer.attention.kind if layer.attention else "none" for layer in shape.layers]
+
+
+def test_layer_kinds() -> None:
+    gemma = kinds(parse_config(CONFIGS["gemma-3-1b"]))
+    assert gemma.count("full") == 4 and gemma[5] == "full" and gemma[0] == "sliding"
+    assert kinds(parse_config(CONFIGS["gpt-oss-20b"]))[:2] == ["sliding", "full"]
+    assert set(kinds(parse_config(CONFIGS["mistral-7b-swa"]))) == {"sliding"}
+    assert set(kinds(parse_config(CONFIGS["qwen2.5-14b"]))) == {"full"}  # names a window and switches it off
+    mixed = {**CONFIGS["qwen3-8b"], "layer_types": ["linear_attention"] * 3 + ["full_attention"] + ["odd"] * 32}
+    shape = parse_config({**mixed, "linear_num_value_heads": 32, "linear_num_key_heads": 16})
+    assert kinds(shape)[:5] == ["state"] * 3 + ["full", "full"]
+    assert any("odd is not known" in note for note in shape.notes) and shape.confidence == "medium"
+    jamba = {**CONFIGS["llama-3.1-8b"], "model_type": "jamba", "attn_layer_period": 8, "attn_layer_offset": 4}
+    assert kinds(parse_config(jamba)).count("full") == 4
+    llama4 = {**CONFIGS["llama-3.1-8b"], "attention_chunk_size": 8192, "no_rope_layers": [1, 1, 1, 0] * 8}
+    assert kinds(parse_config(llama4))[:4] == ["chunked", "chunked", "chunked", "full"]
+
+
+def test_which_layers_have_experts() -> None:
+    r1 = parse_config(DEEPSEEK_R1)
+    assert [bool(layer.mlp and layer.mlp.experts) for layer in r1.layers[:4]] == [False, False, False, True]
+    every_second = {**CONFIGS["qwen3-30b-a3b"], "decoder_sparse_step": 2, "mlp_only_layers": [1]}
+    sparse = [bool(layer.mlp and layer.mlp.experts) for layer in parse_config(every_second).layers]
+    assert sparse[:4] == [False, False, False, True]
+
+
+def test_an_unknown_architecture_says_how_sure_it_is() -> None:
+    shape = parse_config({**CONFIGS["llama-3.1-8b"], "architectures": ["NovelForCausalLM"], "model_type": "novel"})
+    assert shape.confidence == "medium" and "general rules" in shape.notes[0]
+    nameless = {k: v for k, v in CONFIGS["llama-3.1-8b"].items() if k != "architectures"}
+    assert parse_config(nameless).confidence == "low"
+    assert parse_config(CONFIGS["llama-3.1-8b"]).confidence == "high"
+
+
+def test_weight_sizes_can_be_given() -> None:
+    sizes = {"model-00001.safetensors": 8 << 30, "model-00002.safetensors": 7 << 30}
+    assert parse_config(CONFIGS["llama-3.1-8b"], safetensors=sizes).weights_gib == 15
+    assert parse_config(CONFIGS["llama-3.1-8b"], safetensors=sizes, weights_gib=15.2).weights_gib == 15.2
+
+
+def test_pipeline_stages() -> None:
+    assert [len(stage) for stage in pp_layers(28, 2)] == [14, 14]
+    assert [len(stage) for stage in pp_layers(61, 4)] == [15, 15, 16, 15]
+    assert [len(stage) for stage in pp_layers(30, 4)] == [7, 8, 8, 7]
+    shape = parse_config(CONFIGS["qwen2.5-7b"])
+    assert not pp_problems(shape, 3, engine_version="0.25.1")
+    assert "has no pipeline parallelism" in pp_problems(shape, 2, engine_version="0.3.0")[0]
+    assert "28 layers" in pp_problems(shape, 29)[0]
+    assert pp_problems(parse_config(CONFIGS["bge-m3"]), 2)
+
+
+BASE = CONFIGS["llama-3.1-8b"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "field"),
+    [
+        ("config.json", "config"),
+        ([], "config"),
+        ({}, "config"),
+        ({"name": "package", "version": "1.0"}, "config.architectures"),
+        ({"model_type": "llama"}, "config.hidden_size"),
+        ({**BASE, "hidden_size": -4096}, "config.hidden_size"),
+        ({**BASE, "hidden_size": "4096"}, "config.hidden_size"),
+        ({**BASE, "num_hidden_layers": 0}, "config.num_hidden_layers"),
+        ({**BASE, "num_attention_heads": 7}, "config.num_attention_heads"),
+        ({**BASE, "num_key_value_heads": 5}, "config.num_key_value_heads"),
+        ({**BASE, "vocab_size": True}, "config.vocab_size"),
+        ({**BASE, "torch_dtype": "int3"}, "config.torch_dtype"),
+        ({**BASE, "architectures": "LlamaForCausalLM"}, "config.architectures"),
+        ({**BASE, "quantization_config": "awq"}, "config.quantization_config"),
+        ({**BASE, "quantization_config": {"quant_method": "awq", "bits": 5}}, "config.quantization_config.bits"),
+        ({**BASE, "num_local_experts": 4, "num_experts_per_tok": 8}, "config.num_experts_per_tok"),
+    ],
+)
+def test_what_is_no_models_config_is_refused_by_field(broken: Any, field: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        parse_config(broken)
+    assert caught.value.field == field
+    assert field in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"weights_gib": -1}, "weights_gib"),
+        ({"weights_gib": "15"}, "weights_gib"),
+        ({"safetensors": {"a": -5}}, "safetensors[a]"),
+        ({"quantization": "awq"}, "quantization"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], field: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        parse_config(BASE, **arguments)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("size", [0, -2, 1.5, "2", True, 4096])
+def test_bad_largest_size(size: Any) -> None:
+    with pytest.raises(PlanError, match="max is"):
+        tp_sizes(BASE, size)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    heads=st.integers(1, 96),
+    repeat=st.sampled_from([1, 2, 3, 4, 5, 7, 8]),
+    inter=st.integers(64, 40000),
+    vocab=st.integers(100, 300000),
+)
+def test_sizes_follow_the_rules(heads: int, repeat: int, inter: int, vocab: int) -> None:
+    """Whatever the shape: each size offered divides what must be divided, each one left out breaks a rule."""
+    source = {
+        **BASE, "num_attention_heads": heads * repeat, "num_key_value_heads": heads, "head_dim": 64,
+        "hidden_size": 64 * heads * repeat, "intermediate_size": inter, "vocab_size": vocab,
+    }  # fmt: skip
+    offered = tp_sizes(source, 16)
+    assert offered[0] == 1
+    for tp in range(2, 17):
+        rules = [
+            heads * repeat % tp == 0,
+            heads % tp == 0 if heads >= tp else tp % heads == 0,
+            inter % tp == 0,
+            padded_vocab(vocab) % tp == 0,
+        ]
+        assert (tp in offered) == all(rules)
