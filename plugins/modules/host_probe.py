@@ -198,7 +198,7 @@ def interpreters(candidates):
                 [candidate, "-c", ASK_PYTHON], stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True
             )
             path, version, venv = json.loads(process.communicate()[0])
-        except (OSError, ValueError):
+        except (OSError, TypeError, ValueError):  # it does not run, or is no Python
             continue
         if path not in [python["path"] for python in found]:
             found.append({"path": path, "version": version, "venv": venv})

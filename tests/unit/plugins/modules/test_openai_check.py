@@ -231,7 +231,7 @@ def test_somebody_else_there(check: Callable[..., Any]) -> None:
         other.settimeout(10)
 
         def greet() -> None:
-            for _ in ALL:
+            for _ in range(2):
                 with other.accept()[0] as connection:
                     connection.recv(4096)
                     connection.sendall(b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n")

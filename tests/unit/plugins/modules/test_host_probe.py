@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""host_probe on this machine: real sockets, files, file systems and interpreters."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pwd
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ansible_collections.baremetal.vllm.plugins.modules import host_probe
+
+
+@pytest.fixture
+def probe(run_module: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    def probe(**params: Any) -> dict[str, Any]:
+        result = run_module(host_probe, **params)
+        assert result["changed"] is False, result
+        return result
+
+    return probe
+
+
+def executable(path: Path, text: str) -> str:
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_nothing_asked(probe: Callable[..., Any]) -> None:
+    result = probe()
+    assert result["init"] == Path("/proc/1/comm").read_text().strip()
+    for name in ("free_mib", "files", "fingerprints", "listeners", "pids"):
+        assert result[name] == {}
+    assert result["pythons"] == []
+
+
+def test_free_space_where_a_folder_would_be_made(probe: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    paths = [str(tmp_path), f"{tmp_path}/not/there/yet", f"{tmp_path}/file/x", "/proc"]
+    free = probe(paths=paths)["free_mib"]
+    here = shutil.disk_usage(tmp_path).free // 2**20
+    assert free["/proc"] == 0
+    assert all(abs(free[path] - here) < 1024 for path in paths[:3])
+
+
+@pytest.mark.parametrize(("family", "address"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_who_listens(probe: Callable[..., Any], family: int, address: str) -> None:
+    try:
+        taken = socket.create_server((address, 0), family=family)
+    except OSError as error:
+        pytest.skip(f"no {address} on this machine: {error}")
+    with taken, socket.create_server(("127.0.0.1", 0)) as other:
+        port, free = taken.getsockname()[1], other.getsockname()[1]
+        other.close()
+        listeners = probe(ports=[port, free])["listeners"]
+    assert list(listeners) == [str(port)]
+    assert listeners[str(port)]["pid"] == os.getpid()
+    assert listeners[str(port)]["cwd"] == str(Path.cwd())
+    assert "python" in listeners[str(port)]["command"]
+
+
+def test_a_connection_is_no_listener(probe: Callable[..., Any]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        port = client.getsockname()[1]
+        with client, server.accept()[0]:
+            assert probe(ports=[port])["listeners"] == {}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_listener_of_another_user() -> None:
+    """Its port is known to be taken; whose it is, is not."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            os.setuid(65534)
+            inodes = host_probe.listening_inodes({port})
+            os.write(writer, f"{len(inodes)} {len(host_probe.owners(inodes.values()))}".encode())
+            os._exit(0)
+        os.close(writer)
+        os.waitpid(child, 0)
+        with os.fdopen(reader) as answer:
+            assert answer.read() == "1 0"
+
+
+def test_files(probe: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("gr\u00fc\u00df")
+    (tmp_path / "bytes").write_bytes(b"\xff\n")
+    paths = [f"{tmp_path}/{name}" for name in ("text", "bytes", "missing", "")]
+    files = probe(files=paths)["files"]
+    assert files == {f"{tmp_path}/text": "gr\u00fc\u00df", f"{tmp_path}/bytes": "\ufffd\n"}
+
+
+def test_fingerprints(probe: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "env").write_text("A=1\n")
+    (tmp_path / "env").chmod(0o640)
+    paths = [f"{tmp_path}/env", f"{tmp_path}/missing", str(tmp_path)]
+    owner = pwd.getpwuid(os.getuid()).pw_name
+    assert probe(fingerprints=paths)["fingerprints"] == {
+        f"{tmp_path}/env": f"{hashlib.sha256(b'A=1' + bytes([10])).hexdigest()} 0640 {owner}",
+        f"{tmp_path}/missing": "",
+        str(tmp_path): "",
+    }
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_the_owner_of_a_file_may_have_no_name(probe: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "env").touch()
+    os.chown(tmp_path / "env", 54321, -1)
+    assert probe(fingerprints=[f"{tmp_path}/env"])["fingerprints"][f"{tmp_path}/env"].endswith(" 54321")
+
+
+def test_pids(probe: Callable[..., Any], tmp_path: Path) -> None:
+    contents = {
+        "alive": f"{os.getpid()}\n",
+        "dead": "999999999",
+        "odd": "x",
+        "empty": "",
+        "none": "0",
+        "negative": "-1",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    pids = probe(pid_files=[f"{tmp_path}/{name}" for name in [*contents, "missing"]])["pids"]
+    assert {path.rsplit("/", 1)[1]: pid for path, pid in pids.items() if pid} == {"alive": os.getpid()}
+    assert len(pids) == 7
+
+
+def test_pythons_that_run(probe: Callable[..., Any], tmp_path: Path) -> None:
+    candidates = [
+        executable(tmp_path / "shim", "#!/bin/sh\necho 'python3.9: command not found' >&2\nexit 127\n"),
+        executable(tmp_path / "liar", "#!/bin/sh\necho 3.12\n"),
+        executable(tmp_path / "not-elf", "rubbish"),
+        f"{tmp_path}/missing",
+        sys.executable,
+        executable(tmp_path / "again", f'#!/bin/sh\nexec {sys.executable} "$@"\n'),  # the same, by another name
+    ]
+    version = ".".join(map(str, sys.version_info[:3]))
+    assert probe(pythons=candidates)["pythons"] == [{"path": sys.executable, "version": version, "venv": True}]
+
+
+def test_a_python_that_cannot_make_environments(probe: Callable[..., Any], tmp_path: Path) -> None:
+    """Debian splits ensurepip off."""
+    (tmp_path / "hide").mkdir()
+    hook = (
+        "import importlib.util as util; real = util.find_spec;"
+        "util.find_spec = lambda name, *more: None if name == 'ensurepip' else real(name, *more)"
+    )
+    (tmp_path / "hide/sitecustomize.py").write_text(hook)
+    python = executable(tmp_path / "python", f'#!/bin/sh\nPYTHONPATH={tmp_path}/hide exec {sys.executable} "$@"\n')
+    assert [found["venv"] for found in probe(pythons=[python])["pythons"]] == [False]
+
+
+@pytest.mark.parametrize(("params", "name"), [({"ports": ["x"]}, "ports"), ({"paths": {"a": 1}}, "paths")])
+def test_bad_parameters(run_module: Callable[..., Any], params: dict[str, Any], name: str) -> None:
+    result = run_module(host_probe, **params)
+    assert result["failed"] is True
+    assert name in result["msg"]
