@@ -49,16 +49,6 @@ def _where(service: Plan) -> str:
     )
 
 
-def _context(service: Plan) -> str:
-    memory = service["memory"]
-    text = f"{service['max_model_len']} tokens a request, {service['max_num_seqs']} requests at most"
-    if not memory["kv_cache_tokens"]:
-        return f"{text}, no cache needed"
-    return (
-        f"{text}, cache for {memory['kv_cache_tokens']} tokens: {memory['max_concurrency']:.2f} full requests at once"
-    )
-
-
 def _memory(service: Plan) -> str:
     """ "weights 15.41, KV cache 2.77 = 18.18 GiB on each GPU"."""
     memory = service["memory"]

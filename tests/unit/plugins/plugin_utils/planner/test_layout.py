@@ -315,6 +315,11 @@ def test_a_host_without_gpus_serves_from_memory() -> None:
     assert row["instances"][0]["hosts"] == ["box"]
 
 
+def test_a_cache_is_not_larger_than_all_requests_together() -> None:
+    row = one(CPU, model=SMALL, max_model_len=256, max_num_seqs=4)
+    assert row["env"]["VLLM_CPU_KVCACHE_SPACE"] == "1"
+
+
 def test_what_the_memory_cannot_hold_is_refused() -> None:
     row = one(CPU, model=LARGE, max_model_len=2048)
     assert "GiB of weights" in row["problems"][0] and "19.53 GiB are available" in row["problems"][0]
