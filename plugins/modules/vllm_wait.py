@@ -69,20 +69,30 @@ import time
 from ansible.module_utils.basic import AnsibleModule
 
 try:
+    from http.client import HTTPException
     from urllib.request import ProxyHandler, build_opener
 except ImportError:  # pragma: no cover - Python 2 only meets this file when ansible-test compiles it
-    ProxyHandler = build_opener = None
+    HTTPException = ProxyHandler = build_opener = None
 
-# The line that says why: an exception at the end of a traceback, or the argument parser's complaint.
-CAUSE = re.compile(r"^(?:\([^)]*\)\s*)?(?:ERROR .*?\] )?((?:[\w.]+(?:Error|Exception|Exit|Interrupt)|[\w.]+: error): ?\S.*)$")
+# The line that says why: an exception at the end of a traceback, the argument parser's complaint, or what pydantic found
+# (its exception only counts errors). Before it, which processes pass it on.
+CAUSE = re.compile(
+    r"^(?:\([^)]*\)\s*|\[rank\d+\]:\s*)*(?:ERROR .*?\] )?"
+    r"((?:[\w.]+(?:Error|Exception|Exit|Interrupt)|[\w./ -]+: error): ?\S.*|Value error, .*?)(?: \[type=value_error,.*)?$"
+)
 # vLLM ends with these when another process of it has said why.
-ECHO = ("Engine core initialization failed", "Engine process failed to start", "See root cause above")
+ECHO = (
+    "Engine core initialization failed",
+    "Engine process failed to start",
+    "EngineCore encountered an issue",
+    "WorkerProc initialization failed",
+)
 
 
 def healthy(opener, url):
     try:
         return opener.open(url, timeout=5).getcode() == 200
-    except (IOError, OSError):
+    except (IOError, OSError, HTTPException):
         return False
 
 
@@ -105,6 +115,10 @@ def main():
         supports_check_mode=True,
     )
     params = module.params
+    if not re.match(r"https?://[^/\s]", params["url"]):
+        module.fail_json(
+            msg="url is %r: give the address of /health, such as http://127.0.0.1:8000/health" % params["url"]
+        )
     if module.check_mode:
         module.exit_json(changed=False, skipped=True, seconds=0.0)
     opener = build_opener(ProxyHandler({}))

@@ -83,6 +83,7 @@ def test_a_listener_of_another_user() -> None:
         reader, writer = os.pipe()
         child = os.fork()
         if not child:
+            server.close()  # the child's copy
             os.setuid(65534)
             inodes = host_probe.listening_inodes({port})
             os.write(writer, f"{len(inodes)} {len(host_probe.owners(inodes.values()))}".encode())
