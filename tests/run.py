@@ -32,8 +32,8 @@ class Counts(NamedTuple):
     failed: int = 0
     skipped: int = 0
 
-    def __add__(self, other: tuple[int, ...]) -> Counts:  # type: ignore[override]
-        return Counts(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+    def plus(self, passed: int = 0, failed: int = 0, skipped: int = 0) -> Counts:
+        return Counts(self.passed + passed, self.failed + failed, self.skipped + skipped)
 
     def __str__(self) -> str:
         return f"{self.passed} passed, {self.failed} failed" + (f", {self.skipped} skipped" if self.skipped else "")
@@ -103,12 +103,12 @@ def count(gate: Gate, status: int, log: Path, junit: Path) -> Counts:
         counts = Counts()
         for suite in suites:
             total, *bad = (int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped"))
-            counts += (total - sum(bad), bad[0] + bad[1], bad[2])
+            counts = counts.plus(total - sum(bad), bad[0] + bad[1], bad[2])
         if counts.passed + counts.failed == 0:
-            counts += (0, 1, 0)  # a run without a test proves nothing
+            counts = counts.plus(failed=1)  # a run without a test proves nothing
     elif said := re.findall(r"^\w+: (\d+) passed, (\d+) failed$", log.read_text(errors="replace"), re.MULTILINE):
         counts = Counts(*map(int, said[-1]))
-    return counts if status == 0 or counts.failed else counts + (0, 1, 0)
+    return counts if status == 0 or counts.failed else counts.plus(failed=1)
 
 
 def main(names: list[str]) -> int:
@@ -126,7 +126,7 @@ def main(names: list[str]) -> int:
             started = time.monotonic()
             status = run(gate, log, junit)
             counts = count(gate, status, log, junit)
-            total += counts
+            total = total.plus(*counts)
             if counts.failed:
                 print(f"--- the end of {log.relative_to(ROOT)}:")
                 print("\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LINES:]))

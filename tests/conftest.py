@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What tests of the whole collection share: interpreters, the collection as a clone has it, built, and installed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(command: Sequence[str | Path], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs it as a user would elsewhere: with no setting of this checkout or of the caller's Ansible."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ANSIBLE_", "GALAXY_", "PYTHON"))}
+    tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = kept | {"PATH": tools, "LC_ALL": "C.UTF-8", "ANSIBLE_INJECT_FACT_VARS": "false"} | variables
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+def checked(command: Sequence[str | Path], cwd: Path, **variables: str) -> str:
+    """What it printed; one that fails fails the test, with that as the reason."""
+    done = run(command, cwd, **variables)
+    if done.returncode:
+        pytest.fail(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stdout}", pytrace=False)
+    return done.stdout
+
+
+def find_pythons() -> dict[str, str]:
+    """Minor version -> an interpreter that runs, of TEST_PYTHONS (a folder of installations), of pyenv or on PATH."""
+    folders = [os.environ["TEST_PYTHONS"]] if "TEST_PYTHONS" in os.environ else []
+    if shutil.which("pyenv"):
+        folders.append(subprocess.check_output(["pyenv", "root"], text=True).strip() + "/versions")
+    candidates = [str(path) for folder in folders for path in sorted(Path(folder).glob("*/bin/python3"))]
+    candidates += [sys.executable, *(f"python3.{minor}" for minor in range(6, 15))]
+    found: dict[str, str] = {}
+    for candidate in candidates:
+        code = "import sys; print('%d.%d' % sys.version_info[:2], sys.executable)"
+        with contextlib.suppress(OSError):  # run, not looked up: a name on PATH may be a shim for what is not there
+            process = subprocess.run([candidate, "-c", code], capture_output=True, text=True, check=False)
+            if process.returncode == 0:
+                version, path = process.stdout.split()
+                found.setdefault(version, path)
+    return found
+
+
+@pytest.fixture(scope="session")
+def pythons() -> dict[str, str]:
+    return find_pythons()
+
+
+@pytest.fixture(scope="session")
+def tool_environment() -> Callable[..., Path]:
+    """environment(requirement, ..., python=) -> bin folder of a virtual environment that holds them, kept in .cache."""
+
+    def environment(*requirements: str, python: str = sys.executable) -> Path:
+        digest = hashlib.sha256(repr((requirements, python)).encode()).hexdigest()[:12]
+        folder = ROOT / ".cache/tests" / digest
+        if not (folder / "complete").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            checked([python, "-m", "venv", folder], ROOT)
+            pip = [folder / "bin/python", "-m", "pip", "--quiet", "--disable-pip-version-check"]
+            checked([*pip, "install", *requirements], ROOT)
+            (folder / "complete").touch()
+        return folder / "bin"
+
+    return environment
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what git has and of what it would take, in a folder named as an installed collection's."""
+    target = tmp_path_factory.mktemp("clone") / "ansible_collections" / "baremetal" / "vllm"
+    listed = subprocess.check_output(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, text=True)
+    for name in listed.split("\0"):
+        if name and os.path.lexists(ROOT / name):  # a deleted file is listed until the deletion is committed
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name, follow_symlinks=False)
+    return target
+
+
+@pytest.fixture(scope="session")
+def artifact(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `ansible-galaxy collection build` makes of the clone."""
+    folder = tmp_path_factory.mktemp("artifact")
+    checked(["ansible-galaxy", "collection", "build", "--output-path", folder], clone)
+    (built,) = folder.iterdir()
+    return built
+
+
+@pytest.fixture(scope="session")
+def installed_collection(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for ANSIBLE_COLLECTIONS_PATH that holds the collection as installed from its artifact, and no other."""
+    folder = tmp_path_factory.mktemp("collections")
+    checked(["ansible-galaxy", "collection", "install", artifact, "-p", folder, "--offline", "--no-deps"], folder)
+    return folder

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Each role is described as it is: argument_specs against defaults, names, and no variable that nothing reads."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
+
+ROOT = Path(__file__).resolve().parents[2]
+ROLES = sorted(path.name for path in (ROOT / "roles").iterdir() if path.is_dir())
+WORD = re.compile(r"\b[A-Za-z_]\w*\b")
+
+
+class Loader(yaml.SafeLoader):
+    """Reads tags of Ansible (!unsafe, !vault) as the plain text behind them."""
+
+
+Loader.add_multi_constructor("!", lambda loader, suffix, node: loader.construct_scalar(node))
+
+
+def load(path: Path) -> Any:
+    return yaml.load(path.read_text(), Loader) if path.exists() else None
+
+
+def specs(role: str) -> dict[str, Any]:
+    return (load(ROOT / "roles" / role / "meta" / "argument_specs.yml") or {}).get("argument_specs", {})
+
+
+def defaults(role: str) -> dict[str, Any]:
+    return load(ROOT / "roles" / role / "defaults" / "main.yml") or {}
+
+
+def test_there_are_roles() -> None:
+    assert ROLES
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("name", ["README.md", "meta/main.yml", "meta/argument_specs.yml", "tasks/main.yml"])
+def test_role_has(role: str, name: str) -> None:
+    assert (ROOT / "roles" / role / name).is_file()
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_entry_point_is_described(role: str) -> None:
+    """A file below tasks/ that playbooks and other roles call by name checks its arguments, too."""
+    called = {"main"}
+    for path in (*ROOT.glob("playbooks/**/*.yml"), *ROOT.glob("roles/*/tasks/*.yml")):
+        for task in mappings(load(path)):
+            for action in ("include_role", "import_role"):
+                asked = task.get(f"ansible.builtin.{action}") or {}
+                if asked.get("name") == f"baremetal.vllm.{role}":
+                    called.add(asked.get("tasks_from", "main"))
+    assert called <= set(specs(role)), f"meta/argument_specs.yml lacks {sorted(called - set(specs(role)))}"
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_argument_specs_equal_defaults(role: str) -> None:
+    described: dict[str, Any] = {}
+    for entry, spec in specs(role).items():
+        for name, option in spec.get("options", {}).items():
+            if not option.get("required"):
+                assert described.setdefault(name, option.get("default")) == option.get("default"), f"{name} of {entry}"
+    assert described == defaults(role)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_defaults_are_what_their_types_allow(role: str) -> None:
+    """By Ansible's own validation. What is a template is known at run time only."""
+    options = {name: option for spec in specs(role).values() for name, option in spec.get("options", {}).items()}
+    fixed = {name: value for name, value in defaults(role).items() if "{{" not in str(value)}
+    keys = ("type", "elements", "choices", "options")
+    spec = {
+        name: {key: options[name][key] for key in keys if key in options[name]} for name in fixed if name in options
+    }
+    assert spec, "nothing to validate"
+    result = ArgumentSpecValidator(spec).validate({name: fixed[name] for name in spec if fixed[name] is not None})
+    assert not result.error_messages
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_options_have_a_type_and_a_description(role: str) -> None:
+    for entry, spec in specs(role).items():
+        assert spec.get("short_description"), entry
+        for name, option in spec.get("options", {}).items():
+            assert option.get("type"), f"{name} of {entry}"
+            assert option.get("description"), f"{name} of {entry}"
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_names_carry_the_role(role: str) -> None:
+    public = [name for name in defaults(role) if not name.startswith((f"{role}_", "baremetal_"))]
+    internal = [
+        name
+        for path in (ROOT / "roles" / role / "vars").glob("*.yml")
+        for name in load(path) or {}
+        if not name.startswith(f"__{role}_")
+    ]
+    assert not public, f"defaults/main.yml: {public} should begin with {role}_ (or baremetal_)"
+    assert not internal, f"vars: {internal} should begin with __{role}_"
+
+
+# ---- variables that nothing reads ----
+
+DEFINING = ("vars", "ansible.builtin.set_fact")  # keys of these are names of variables
+NAMING = ("register", "loop_var", "index_var")  # values of these are
+
+
+def mappings(node: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(node, dict):
+        yield node
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from mappings(child)
+
+
+def words(node: Any, defined: dict[str, set[str]]) -> set[str]:
+    """Words that tasks read. Variables that they define go to `defined` with the words of their value."""
+    if isinstance(node, str):
+        return set(WORD.findall(node))
+    found: set[str] = set()
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if key in NAMING:
+            defined[value] |= set()
+        elif key in DEFINING and isinstance(value, dict):
+            for name, content in value.items():
+                defined[name] |= words(content, defined)
+        else:
+            found |= words(value, defined)
+    return found
+
+
+def unread(root: Path) -> list[str]:
+    """Variables of roles' defaults and vars, and internal ones of tasks, that no task, template or playbook reads.
+
+    A variable that only an unread one reads is unread, too.
+    """
+    defined: dict[str, set[str]] = defaultdict(set)
+    judged: set[str] = set()
+    read: set[str] = set()
+    for path in (*root.glob("roles/*/defaults/*.yml"), *root.glob("roles/*/vars/*.yml")):
+        for name, value in (load(path) or {}).items():
+            judged.add(name)
+            defined[name] |= words(value, defaultdict(set))
+    tasks = ("roles/*/tasks/**/*.yml", "roles/*/handlers/*.yml", "playbooks/**/*.yml", "inventories/**/*.yml")
+    for path in (path for pattern in tasks for path in root.glob(pattern)):
+        read |= words(load(path), defined)
+    for path in root.glob("roles/*/templates/**/*.j2"):
+        read |= set(WORD.findall(path.read_text()))
+    judged |= {name for name in defined if name.startswith("__")}
+    todo = [name for name in defined if name in read]
+    while todo:
+        new = defined[todo.pop()] - read
+        read |= new
+        todo += [name for name in new if name in defined]
+    return sorted(judged - read)
+
+
+def test_no_dead_variables() -> None:
+    assert unread(ROOT) == []
+
+
+def test_dead_variables_are_found(tmp_path: Path) -> None:
+    for name, text in {
+        "roles/r/defaults/main.yml": "r_used: 1\nr_dead: 2\nr_behind: 3\n",
+        "roles/r/vars/main.yml": "__r_dead: '{{ r_behind }}'\n__r_by_template: 4\n",
+        "roles/r/tasks/main.yml": (
+            "- name: One\n  ansible.builtin.debug:\n    msg: '{{ r_used }}'\n  register: __r_result\n"
+            "- name: Two\n  ansible.builtin.set_fact:\n    __r_fact: '{{ r_used }}'\n"
+        ),
+        "roles/r/templates/a.j2": "{{ __r_by_template }}",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert unread(tmp_path) == ["__r_dead", "__r_fact", "__r_result", "r_behind", "r_dead"]
