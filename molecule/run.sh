@@ -12,6 +12,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 logs=.cache/molecule
 mkdir -p "$logs"
 export MOLECULE_COMMAND_BORDERS=false NO_COLOR=1 PYTHONUNBUFFERED=1
+BAREMETAL_TEST_PIP_ARGUMENTS=$(python3 molecule/shared/pip_here.py --run-arguments)
+export BAREMETAL_TEST_PIP_ARGUMENTS
 
 scenarios=("$@")
 if [[ ${#scenarios[@]} -eq 0 ]]; then

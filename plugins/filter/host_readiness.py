@@ -23,7 +23,7 @@ options:
     required: true
   settings:
     description:
-      - C(root) (where the environments lie), C(builds), C(tools) (what the tools' stamp must hold), C(tools_stamp), C(manager),
+      - C(root) (where the environments lie), C(builds), C(tools) (their requirements), C(tools_dir), C(manager),
         C(supervisor_dir) and C(may_install) (whether packages can be installed).
     type: dict
     required: true
@@ -45,9 +45,10 @@ _value:
   type: dict
 """
 
+import json
 from typing import Any
 
-STAMP = ".baremetal-complete.json"
+STAMP = ".baremetal-complete.json"  # as vllm_venv writes it
 # A unix socket's address has 108 bytes (man 7 unix), and supervisor adds its process id to the name while it starts.
 SOCKET_PATH_MAX = 95
 
@@ -75,7 +76,8 @@ def host_readiness(services: list[dict[str, Any]], probe: dict[str, Any], settin
     venvs = {service["venv"]["path"]: service["venv"]["device"] for service in services if service["venv"]}
     missing = {path: device for path, device in venvs.items() if f"{path}/{STAMP}" not in probe["files"]}
     tools_needed = bool(services) and (settings["manager"] == "supervisor" or bool(venvs))
-    prepared = not tools_needed or probe["files"].get(settings["tools_stamp"], "").strip() == settings["tools"]
+    stamp = json.loads(probe["files"].get(f"{settings['tools_dir']}/{STAMP}", "{}"))
+    prepared = not tools_needed or stamp.get("packages") == sorted(settings["tools"])
     python: dict[str, Any] | None = None
     if missing or not prepared:
         python, problem = _python([service for service in services if service["venv"]], probe, settings)

@@ -8,8 +8,8 @@ name: plan_inputs
 short_description: What a plan needs, put together from the services of an inventory and the facts of its hosts
 version_added: 0.1.0
 description:
-  - Joins RV(vllm_services) with what M(baremetal.vllm.model_info) read of their models and M(baremetal.vllm.gpu_facts) of the
-    hosts, in the form that P(baremetal.vllm.vllm_plan#filter) takes. What the user wrote wins.
+  - Joins RV(vllm_services) with what M(baremetal.vllm.model_info) read of their models and
+    M(baremetal.vllm.gpu_facts) of the hosts, in the form that P(baremetal.vllm.vllm_plan#filter) takes. What the user wrote wins.
   - A service whose model no host can read is left out; the preflight reports it.
 positional: hosts, gpu, models, runtime, all_hosts
 options:
@@ -39,8 +39,8 @@ options:
     default: venv
   all_hosts:
     description:
-      - Names of all hosts of the inventory. Where O(hosts) are only some of them, a service that names no hosts is refused,
-        as it would be planned onto the hosts that happen to be there, and one of other hosts is left out.
+      - Names of all hosts of the inventory. Where O(hosts) are only some of them, a service that names no hosts is
+        refused, as it would be planned onto the hosts that happen to be there, and one of other hosts is left out.
     type: list
     elements: str
 author:
@@ -89,7 +89,7 @@ def check_names(services: Any) -> None:
 
 
 def _is_here(service: Mapping[str, Any], hosts: list[str]) -> bool:
-    """Whether a service belongs to a run that is limited to some hosts. Raises AnsibleFilterError when that cannot be told."""
+    """Whether a service belongs to a run limited to some hosts. Raises AnsibleFilterError when that cannot be told."""
     named = service.get("hosts")
     named = [named] if isinstance(named, str) else named
     missing = [host for host in named or [] if host not in hosts]
@@ -98,7 +98,11 @@ def _is_here(service: Mapping[str, Any], hosts: list[str]) -> bool:
     if not named or missing:
         raise AnsibleFilterError(
             f"this run is limited to {', '.join(hosts)}, and service {service['name']} "
-            + (f"needs {', '.join(missing)}, too" if missing else "may run on any host: it would be planned anew on these")
+            + (
+                f"needs {', '.join(missing)}, too"
+                if missing
+                else "may run on any host and would be planned anew"
+            )
             + ": run without --limit, or give the service `hosts` that are all in the run"
         )
     return True

@@ -12,7 +12,7 @@ module: vllm_venv
 short_description: A virtual environment that holds exactly the wanted packages, whole or not at all
 version_added: 0.1.0
 description:
-  - Makes a virtual environment and installs packages into it with C(uv). A stamp is written last. An environment without
+  - Makes a virtual environment and installs packages into it, with C(uv) or C(pip). A stamp is written last. An environment without
     the stamp, or with another one, is made anew; a failed one is removed.
   - What C(pip) is configured to use on this host (indexes, folders of wheels) is used here too.
 options:
@@ -25,24 +25,21 @@ options:
     type: path
     required: true
   uv:
-    description: The C(uv) to call.
+    description: The C(uv) to call. Without it, the environment's own pip installs.
     type: path
-    required: true
   pip:
-    description: A command that runs pip, to ask for its configuration.
+    description: A command that runs pip, which is asked for its configuration. Needed with O(uv).
     type: list
     elements: str
-    required: true
   packages:
     description: Requirements.
     type: list
     elements: str
     required: true
   without:
-    description: Names of packages that the requirements ask for and that are left out.
+    description: Names of packages that the requirements ask for and that are left out. Needs O(uv).
     type: list
     elements: str
-    default: []
   torch_backend:
     description:
       - Build of PyTorch, as C(uv --torch-backend) names it, such as V(cpu) or V(cu130). Taken from PyTorch's own index, but
@@ -98,6 +95,12 @@ PIP_TO_UV = {
 }
 
 
+NOT_INSTALLED = (
+    "cannot install %s (nothing is left of it): %s. Check the network, or name a package mirror in pip's configuration on "
+    "this host"
+)
+
+
 def pip_settings(module):
     """Environment for uv that makes it look where this host's pip looks."""
     dummy, output, dummy = module.run_command(module.params["pip"] + ["config", "list"])
@@ -118,11 +121,22 @@ def pip_settings(module):
 def reason(text):
     """The lines of uv's output that say what went wrong, as one."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith(("error:", "cause:"))]
+    told = [line for line in lines if line.lower().startswith(("error:", "cause:"))]
     return " ".join(told or lines[-1:]).rstrip(".")
 
 
-def install(module, params):
+def install_with_pip(module, params):
+    """Makes the environment with what Python brings. Raises RuntimeError with one line that says why it could not."""
+    code, output, errors = module.run_command([params["python"], "-m", "venv", params["path"]])
+    if code != 0:
+        raise RuntimeError("cannot make a virtual environment in %s: %s" % (params["path"], reason(output + errors)))
+    pip = [os.path.join(params["path"], "bin", "python"), "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    code, output, errors = module.run_command(pip + ["install"] + params["packages"])
+    if code != 0:
+        raise RuntimeError(NOT_INSTALLED % (", ".join(params["packages"]), reason(output + errors)))
+
+
+def install_with_uv(module, params):
     """Makes the environment. Raises RuntimeError with one line that says why it could not."""
     path, uv = params["path"], params["uv"]
     cache = path + ".cache"  # on the same file system, so that files are linked into place and not copied
@@ -142,7 +156,7 @@ def install(module, params):
         raise RuntimeError("cannot make a virtual environment in %s: %s" % (path, reason(output + errors)))
     python = os.path.join(path, "bin", "python")
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as overrides:
-        overrides.write("".join("%s; sys_platform == 'never'\n" % name for name in params["without"]))
+        overrides.write("".join("%s; sys_platform == 'never'\n" % name for name in params["without"] or []))
         overrides.flush()
         command = ["pip", "install", "--python", python, "--override", overrides.name] + params["packages"]
         code, output, errors = call(command)
@@ -150,10 +164,7 @@ def install(module, params):
             code, output, more = call(command, UV_TORCH_BACKEND=params["torch_backend"])
             errors += more
     if code != 0:
-        raise RuntimeError(
-            "cannot install %s (nothing is left of it): %s. Check the network, or name a package mirror in pip's "
-            "configuration on this host" % (", ".join(params["packages"]), reason(output + errors))
-        )
+        raise RuntimeError(NOT_INSTALLED % (", ".join(params["packages"]), reason(output + errors)))
 
 
 def main():
@@ -161,16 +172,17 @@ def main():
         argument_spec={
             "path": {"type": "path", "required": True},
             "python": {"type": "path", "required": True},
-            "uv": {"type": "path", "required": True},
-            "pip": {"type": "list", "elements": "str", "required": True},
+            "uv": {"type": "path"},
+            "pip": {"type": "list", "elements": "str"},
             "packages": {"type": "list", "elements": "str", "required": True},
-            "without": {"type": "list", "elements": "str", "default": []},
+            "without": {"type": "list", "elements": "str"},
             "torch_backend": {"type": "str"},
         },
+        required_by={"uv": "pip", "without": "uv", "torch_backend": "uv"},
         supports_check_mode=True,
     )
     params, path = module.params, module.params["path"]
-    wanted = {"packages": sorted(params["packages"]), "without": sorted(params["without"]), "torch": params["torch_backend"]}
+    wanted = {"packages": sorted(params["packages"]), "without": sorted(params["without"] or []), "torch": params["torch_backend"]}
     stamp = os.path.join(path, STAMP)
     try:
         with open(stamp) as handle:
@@ -180,7 +192,7 @@ def main():
     if changed and not module.check_mode:
         try:
             shutil.rmtree(path, ignore_errors=True)
-            install(module, params)
+            (install_with_uv if params["uv"] else install_with_pip)(module, params)
             with open(stamp, "w") as handle:
                 json.dump(wanted, handle)
         except (RuntimeError, IOError, OSError) as error:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The whole path with a real server, as a new user walks it: a fresh clone, and only the README's commands.
 
-The tests run in the order in which they stand: each starts from what the one before left. A server's start takes about a
-minute on two cores, so that every restart here is one that a test needs.
+The tests run in the order in which they stand: each starts from what the one before left. A server's start takes about
+a minute on two cores, so that every restart here is one that a test needs.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def own_processes(folder: Path) -> dict[int, str]:
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if Path(os.readlink(process / "cwd")).is_relative_to(folder):
+            if (process / "cwd").readlink().is_relative_to(folder):
                 found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
@@ -106,7 +106,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("clone") / "baremetal.vllm"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(path)], check=True)
     names = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout.split("\0")
     for name in filter(None, names):
         source, target = ROOT / name, path / name
@@ -151,7 +155,9 @@ def test_openai_sdk(checkout: Checkout) -> None:
     assert chat.choices[0].message.content
     assert chat.usage and chat.usage.completion_tokens == 8
     assert client.completions.create(model=model, prompt="Once", max_tokens=8).choices[0].text
-    pieces = list(client.chat.completions.create(model=model, messages=messages, max_tokens=8, temperature=0, stream=True))
+    pieces = list(
+        client.chat.completions.create(model=model, messages=messages, max_tokens=8, temperature=0, stream=True)
+    )
     streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
     assert streamed == chat.choices[0].message.content
     with pytest.raises(openai.AuthenticationError):
@@ -175,7 +181,10 @@ def test_check_mode_agrees(checkout: Checkout) -> None:
 def test_verify_fails_when_a_path_is_open(checkout: Checkout) -> None:
     """The proof is one: it must not hold when something is wrong. /health is open, and here it is not meant to be."""
     closed = json.dumps({"__vllm_closed_paths": ["/health"], "vllm_open_paths": []})
-    result = run([".venv/bin/ansible-playbook", "playbooks/verify.yml", "-i", "inventories/quickstart", "-e", closed], checkout.path)
+    result = run(
+        [".venv/bin/ansible-playbook", "playbooks/verify.yml", "-i", "inventories/quickstart", "-e", closed],
+        checkout.path,
+    )
     assert result.returncode != 0
     assert "open without the key: GET /health: HTTP 200" in " ".join(result.stdout.split())
 
@@ -189,7 +198,14 @@ def test_literal_command_with_an_inventory_of_the_user(checkout: Checkout) -> No
     )
     (checkout.path / "gpu_hosts").write_text("[gpu_hosts]\nquickstart ansible_connection=local\n")
     try:
-        assert changed(checkout.play("site.yml", "-i", "gpu_hosts", "-e", "ansible_python_interpreter={{ansible_playbook_python}}")) == 0
+        assert (
+            changed(
+                checkout.play(
+                    "site.yml", "-i", "gpu_hosts", "-e", "ansible_python_interpreter={{ansible_playbook_python}}"
+                )
+            )
+            == 0
+        )
     finally:
         shutil.rmtree(checkout.path / "group_vars")
         (checkout.path / "gpu_hosts").unlink()
@@ -200,7 +216,9 @@ def test_installed_collection(checkout: Checkout, tmp_path: Path) -> None:
     galaxy = str(checkout.path / ".venv/bin/ansible-galaxy")
     succeed([galaxy, "collection", "build", "--output-path", str(tmp_path)], checkout.path)
     artifact = next(tmp_path.glob("baremetal-vllm-*.tar.gz"))
-    succeed([galaxy, "collection", "install", str(artifact), "-p", str(tmp_path / "collections"), "--no-deps"], tmp_path)
+    succeed(
+        [galaxy, "collection", "install", str(artifact), "-p", str(tmp_path / "collections"), "--no-deps"], tmp_path
+    )
     output = succeed(
         [
             str(checkout.path / ".venv/bin/ansible-playbook"),
@@ -239,7 +257,11 @@ def test_ansible_runner_as_awx_calls_it(checkout: Checkout, tmp_path: Path) -> N
     for folder in ("env", "inventory"):
         (tmp_path / folder).mkdir()
     (tmp_path / "project").symlink_to(checkout.path)
-    settings = {"QUICKSTART_DIR": str(checkout.data), "VLLM_API_KEY": KEY_OF_A_USER, "ANSIBLE_CONFIG": str(checkout.path / "ansible.cfg")}
+    settings = {
+        "QUICKSTART_DIR": str(checkout.data),
+        "VLLM_API_KEY": KEY_OF_A_USER,
+        "ANSIBLE_CONFIG": str(checkout.path / "ansible.cfg"),
+    }
     (tmp_path / "env/envvars").write_text(json.dumps(settings))
     (tmp_path / "env/extravars").write_text(json.dumps({"quickstart_port": PORT}))
     inventory = {

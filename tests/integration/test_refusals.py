@@ -91,7 +91,10 @@ def test_inventory_without_hosts(tmp_path: Path) -> None:
             [{"name": "chat", "model": "random-llama", "source": "generated", "max_model_len": 4096}],
             "max_model_len 4096 is more than the model's own 2048",
         ),
-        ([{"name": "chat", "model": "random-llama", "source": "generated", "engine_version": "9.9"}], "no such vLLM release is known"),
+        (
+            [{"name": "chat", "model": "random-llama", "source": "generated", "engine_version": "9.9"}],
+            "no such vLLM release is known",
+        ),
         ([{"name": "chat", "model": "random-llama", "source": "generated", "extra_args": ["--no-such"]}], "--no-such"),
     ],
 )
