@@ -187,7 +187,7 @@ def main(sources: Path) -> None:
         [
             "# Model classes in vLLM's registry: the first and the last version that have them (the last as the newest",
             "# registry says it, where it does: some stay listed a little longer than they work).",
-            "# Source: model_executor/models/registry.py of the source distributions, read by tests/catalog/extract.py.",
+            "# Source: model_executor/models/registry.py of the same sources, read by tests/catalog/extract.py.",
         ],
         versions,
         "architectures",

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import yaml
 
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.hardware import hosts_from_text
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.plan import make_plan
 
+INVENTORIES = Path(__file__).parents[5] / "inventories"
 TWO_V100 = "2x V100-PCIE-16GB no-p2p"
 # What the hand-made deployment started Qwen2.5-14B with, after vLLM had refused everything roomier.
 TIGHT = {
@@ -201,3 +204,19 @@ class TestStep3VL:
     def test_the_release_before_its_class_is_refused(self) -> None:
         row = one("2x RTX-2080-Ti-22GB", **self.ASKED, engine_version="0.14.1")
         assert "it came with 0.16.0" in row["problems"][0]
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in INVENTORIES.glob("*/hosts.yml")))
+def test_the_inventory_plans(name: str) -> None:
+    everything = yaml.safe_load((INVENTORIES / name / "hosts.yml").read_text())["all"]
+    hosts = []
+    for host, variables in everything["hosts"].items():
+        known = {**everything.get("vars", {}), **(variables or {})}
+        if "plan_host_gpus" not in known:
+            pytest.skip(f"{name} is planned from the facts of its host")
+        described = hosts_from_text(known["plan_host_gpus"])[0]
+        hosts.append({**described, "name": host, "driver_version": known.get("plan_host_driver")})
+    services = yaml.safe_load((INVENTORIES / name / "group_vars" / "all.yml").read_text())["vllm_services"]
+    result = make_plan(services, hosts)
+    assert result["fits"], result["problems"]
+    assert {host for row in result["services"] for host in row["hosts"]} == {host["name"] for host in hosts}
