@@ -93,6 +93,7 @@ PIP_TO_UV = {
     "find-links": ("UV_FIND_LINKS", ","),
     "cert": ("SSL_CERT_FILE", " "),
 }
+PIP_TRUE = ("1", "true", "t", "yes", "y", "on")
 
 
 NOT_INSTALLED = (
@@ -101,21 +102,34 @@ NOT_INSTALLED = (
 )
 
 
+def execute(module, command, **environment):
+    """(exit status, output, errors). Raises RuntimeError for a program that is not there."""
+    try:
+        return module.run_command(command, environ_update=environment, handle_exceptions=False)
+    except OSError as error:
+        raise RuntimeError("cannot run %s: %s" % (command[0], error.strerror))
+
+
+def is_missing(place):
+    """Whether a local index or folder of wheels is not there: pip skips such a one, and it is an error for uv."""
+    path = place[len("file://") :] if place.startswith("file://") else place
+    return path.startswith("/") and not os.path.exists(path)
+
+
 def pip_settings(module):
-    """Environment for uv that makes it look where this host's pip looks."""
-    dummy, output, dummy = module.run_command(module.params["pip"] + ["config", "list"])
-    environment = {}
+    """(environment, options) for uv that make it look where this host's pip looks."""
+    dummy, output, dummy = execute(module, module.params["pip"] + ["config", "list"])
+    environment, options = {}, []
     for line in output.splitlines():
+        # pip lists the most general source first; a later one replaces it.
         key, separator, value = line.partition("=")
-        name = key.rsplit(".", 1)[-1]
+        name, value = key.rsplit(".", 1)[-1], value.strip("'\"")
         if separator and name in PIP_TO_UV:
             variable, joint = PIP_TO_UV[name]
-            values = value.strip("'\"").replace("\\n", " ").split()
-            # pip lists the most general source first; a later one replaces it. A local index that is not there is
-            # skipped by pip and an error for uv.
-            values = [item for item in values if not item.startswith("file://") or os.path.isdir(item[len("file://") :])]
-            environment[variable] = joint.join(values)
-    return dict((variable, value) for variable, value in environment.items() if variable not in os.environ)
+            environment[variable] = joint.join(item for item in value.replace("\\n", " ").split() if not is_missing(item))
+        elif name == "no-index":
+            options = ["--no-index"] if value.lower() in PIP_TRUE else []
+    return dict((variable, value) for variable, value in environment.items() if variable not in os.environ), options
 
 
 def reason(text):
@@ -140,8 +154,8 @@ def install_with_uv(module, params):
     """Makes the environment. Raises RuntimeError with one line that says why it could not."""
     path, uv = params["path"], params["uv"]
     cache = path + ".cache"  # on the same file system, so that files are linked into place and not copied
-    settings = dict(
-        pip_settings(module),
+    settings, options = pip_settings(module)
+    settings.update(
         UV_CACHE_DIR=cache,
         UV_INDEX_STRATEGY="unsafe-best-match",  # pip's own: the best version of all configured indexes
         UV_NO_PROGRESS="1",
@@ -149,7 +163,7 @@ def install_with_uv(module, params):
     )
 
     def call(arguments, **extra):
-        return module.run_command([uv] + arguments, environ_update=dict(settings, **extra))
+        return execute(module, [uv] + arguments, **dict(settings, **extra))
 
     code, output, errors = call(["venv", "--python", params["python"], path])
     if code != 0:
@@ -158,7 +172,7 @@ def install_with_uv(module, params):
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as overrides:
         overrides.write("".join("%s; sys_platform == 'never'\n" % name for name in params["without"] or []))
         overrides.flush()
-        command = ["pip", "install", "--python", python, "--override", overrides.name] + params["packages"]
+        command = ["pip", "install", "--python", python, "--override", overrides.name] + options + params["packages"]
         code, output, errors = call(command)
         if code != 0 and params["torch_backend"] and "torch" in errors:
             code, output, more = call(command, UV_TORCH_BACKEND=params["torch_backend"])
