@@ -25,7 +25,7 @@ KV_DTYPES = {
     "fp8": 1.0,
     "fp8_e4m3": 1.0,
     "fp8_e5m2": 1.0,
-    "fp8_ds_mla": 1.0,
+    "fp8_ds_mla": 656 / 576,  # 656 bytes a token: 512 latent, their scales, 64 rotary ones in 16 bits
 }
 BLOCK = 16  # tokens of a KV block
 

@@ -250,11 +250,13 @@ def parse_config(
         weights_gib: size of the weight files in GiB, when known: weights are scaled to it.
         safetensors: sizes of the weight files in bytes by name (same use as ``weights_gib``).
         quantization: what ``--quantization`` will be, or None for what the checkpoint says.
-        dtype: what ``--dtype`` will be.
+        dtype: what ``--dtype`` will be; only checked here, ``engine_memory`` needs it.
 
     Raises:
         PlanError: the mapping is not a model's config, or a field is absurd.
     """
+    if dtype != "auto" and dtype not in DTYPE_BYTES:
+        raise PlanError("dtype", dtype, f"one of auto, {', '.join(sorted(DTYPE_BYTES))} is allowed")
     if not isinstance(config, Mapping):
         raise PlanError("config", config, "give the content of a model's config.json as a mapping")
     if not config:
@@ -681,6 +683,9 @@ def _quantization(config: Config, text: Config, wanted: str | None, notes: list[
             "quantization", wanted, "the checkpoint is not quantized: none, fp8 or bitsandbytes is possible"
         )
     method = str(raw.get("quant_method") or wanted or "").lower()
+    plain = [name.lower().replace("_", "-").removesuffix("-marlin") for name in (method, wanted or method)]
+    if wanted not in (None, "none", "") and not (plain[0].startswith(plain[1]) or plain[1].startswith(plain[0])):
+        raise PlanError("quantization", wanted, f"the checkpoint is quantized with {method}: leave it out")
     read = _Reader(raw)
     skip = _names_attention(raw.get("modules_to_not_convert")) or _names_attention(raw.get("ignored_layers"))
     if method in ("gptq", "gptq_marlin", "gptq_bitblas", "awq", "awq_marlin", "auto-round", "autoround"):

@@ -192,6 +192,20 @@ def test_hybrid_layers_share_blocks() -> None:
     assert plan.kv_needed_gib == pytest.approx((1024 + 521) * 12 * 16 * 2 * 8 * 64 * 2 / (1 << 30))
 
 
+def test_groups_of_nearly_equal_size_are_padded() -> None:
+    """13 full and 12 sliding layers become two groups of 13, not one of 12 beside three."""
+    source = {**CONFIGS["gpt-oss-20b"], "num_hidden_layers": 25}
+    source["layer_types"] = ["full_attention", "sliding_attention"] * 12 + ["full_attention"]
+    plan = engine_memory(parse_config(source), gpu_memory_total_mib=81559, max_model_len=16384)
+    assert plan.kv_needed_gib == pytest.approx((1024 + 137) * 13 * 16 * 2 * 8 * 64 * 2 / (1 << 30))
+
+
+def test_packed_latents_take_656_bytes() -> None:
+    cache = {"gpu_memory_total_mib": 143771, "max_model_len": 16384}
+    packed = engine_memory(shape("deepseek-v2-lite"), kv_cache_dtype="fp8_ds_mla", **cache)
+    assert packed.kv_needed_gib == pytest.approx(16384 * 27 * 656 / (1 << 30))
+
+
 @pytest.mark.parametrize(
     ("sizes", "counted"),
     [

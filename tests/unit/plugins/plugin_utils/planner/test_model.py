@@ -263,12 +263,19 @@ def test_what_is_no_models_config_is_refused_by_field(broken: Any, field: str) -
         ({"weights_gib": "15"}, "weights_gib"),
         ({"safetensors": {"a": -5}}, "safetensors[a]"),
         ({"quantization": "awq"}, "quantization"),
+        ({"dtype": "int8"}, "dtype"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], field: str) -> None:
     with pytest.raises(PlanError) as caught:
         parse_config(BASE, **arguments)
     assert caught.value.field == field
+
+
+def test_another_quantization_than_the_checkpoints_is_refused() -> None:
+    with pytest.raises(PlanError, match="quantization is 'fp8'; the checkpoint is quantized with awq"):
+        parse_config(CONFIGS["qwen2.5-7b-awq"], quantization="fp8")
+    assert parse_config(CONFIGS["qwen2.5-7b-awq"], quantization="awq_marlin").quantization == "awq"
 
 
 @pytest.mark.parametrize("size", [0, -2, 1.5, "2", True, 4096])
