@@ -21,8 +21,8 @@ options:
       - C(name) and C(model) are needed, and C(config) (the model's config.json) unless the model is in the catalog.
       - Optional are C(model_path), C(served_model_name), C(weights_gib), C(safetensors), C(objective) (V(throughput) or
         V(latency)), C(max_model_len), C(min_concurrency), C(gpus) (a number or a list of indices), C(hosts) (names),
-        C(engine_version), C(runtime) (V(container) or V(venv)), C(device) (V(cuda) or V(cpu)), C(port), C(image), C(env),
-        C(extra_args), C(tensor_parallel_size), C(pipeline_parallel_size), C(data_parallel_size),
+        C(engine_version), C(runtime) (V(container) or V(venv)), C(device) (V(cuda) or V(cpu)), C(port), C(image),
+        C(env), C(extra_args), C(tensor_parallel_size), C(pipeline_parallel_size), C(data_parallel_size),
         C(gpu_memory_utilization), C(max_num_seqs), C(max_num_batched_tokens), C(dtype), C(kv_cache_dtype),
         C(quantization), C(enforce_eager), C(executor) (V(ray) or V(mp)), C(trust_remote_code) and
         C(enable_expert_parallel).

@@ -50,7 +50,6 @@ class Host:
     nvlink: frozenset[tuple[int, int]]
     p2p: frozenset[tuple[int, int]]
     driver_version: str | None
-    cpu_cores: int
     memory_total_mib: int
     memory_available_mib: int
     network_mbps: int | None
@@ -188,7 +187,7 @@ def parse_host(raw: object, field: str) -> Host:
     Args:
         raw: ``{name, gpus: [{index, uuid, name, memory_total_mib, memory_used_mib, compute_capability, mig}],
             links: [[...]], p2p: [[...]], network: {speed_mbps}, driver_version,
-            cpu: {cores, memory_total_mib, memory_available_mib}}``. ``links`` is the matrix of ``nvidia-smi topo -m``
+            cpu: {memory_total_mib, memory_available_mib}}``. ``links`` is the matrix of ``nvidia-smi topo -m``
             (NV12, PIX, SYS ...), ``p2p`` that of ``topo -p2p r`` (OK, NS ...).
 
     Raises:
@@ -243,7 +242,6 @@ def parse_host(raw: object, field: str) -> Host:
         nvlink=nvlink,
         p2p=p2p,
         driver_version=None if driver is None else str(driver),
-        cpu_cores=whole(cpu.get("cores") or 0, f"{field}.cpu.cores"),
         memory_total_mib=total,
         memory_available_mib=total if available is None else whole(available, f"{field}.cpu.memory_available_mib"),
         network_mbps=whole(speed, f"{field}.network.speed_mbps")
@@ -277,7 +275,7 @@ _WORDS = {"nvlink": ("NV4", "OK"), "pcie": ("PHB", "OK"), "no-p2p": ("PHB", "NS"
 SYNTAX = "write '4x A10', '2x V100-PCIE-16GB no-p2p', or '3x(2x A10), 1x(8x H100)' for several hosts"
 
 
-def hosts_from_text(text: str, prefix: str = "host") -> list[dict[str, Any]]:
+def hosts_from_text(text: str) -> list[dict[str, Any]]:
     """Hosts that do not exist yet, in the form that ``vllm_plan`` takes.
 
     ``4x A10`` is one host with four GPUs, ``1x H100 + 2x L4`` one with two kinds, ``3x(2x V100-16GB), 1x(4x A10)``
@@ -288,22 +286,16 @@ def hosts_from_text(text: str, prefix: str = "host") -> list[dict[str, Any]]:
     """
     if not isinstance(text, str) or not text.strip():
         raise PlanError("plan_gpus", text, SYNTAX)
-    groups = [text] if "(" not in text else re.split(r",(?![^(]*\))", text)
+    wrapped = text if "(" in text else f"({text})"
     hosts: list[dict[str, Any]] = []
-    for group in groups:
-        match = (
-            re.fullmatch(rf"\s*{_COUNTED}\(([^()]+)\)\s*", group)
-            if "(" in text
-            else re.fullmatch(r"(1?)\s*(.+?)\s*", group)
-        )
+    for group in re.split(r",(?![^(]*\))", wrapped):
+        match = re.fullmatch(rf"\s*{_COUNTED}\(([^()]+)\)\s*", group)
         if not match:
             raise PlanError("plan_gpus", text, SYNTAX)
-        count = int(match[1] or 1) if "(" in text else 1
-        body = match[2] if "(" in text else group
-        if count < 1:
+        if match[1] is not None and int(match[1]) < 1:
             raise PlanError("plan_gpus", text, "a number of hosts is at least 1")
-        for _ in range(count):
-            hosts.append({"name": f"{prefix}{len(hosts) + 1}", **_gpus_from_text(body, text)})
+        for _ in range(int(match[1] or 1)):
+            hosts.append({"name": f"host{len(hosts) + 1}", **_gpus_from_text(match[2], text)})
     return hosts
 
 

@@ -66,12 +66,6 @@ def _context(service: Plan) -> str:
     )
 
 
-def _sizes(service: Plan) -> list[tuple[str, str, float]]:
-    """(words, letter, GiB) of the parts of one GPU of a service that have a size."""
-    memory = service["memory"]
-    return [(words, letter, memory.get(key) or 0.0) for key, words, letter, _ in PARTS if memory.get(key)]
-
-
 def _layout(service: Plan) -> str:
     sizes = [
         f"{word} {service[key]}"

@@ -40,7 +40,7 @@ def test_the_facts_of_a_host_are_taken_as_they_are() -> None:
     )
     assert parsed.link([0, 1]) == "nvlink"
     assert parsed.gpus[0].memory_used_mib == 5
-    assert (parsed.cpu_cores, parsed.memory_available_mib) == (8, 60000)
+    assert (parsed.memory_total_mib, parsed.memory_available_mib) == (64000, 60000)
     assert parsed.notes == ()
 
 

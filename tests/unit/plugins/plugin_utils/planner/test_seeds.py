@@ -126,7 +126,7 @@ class TestA10:
         assert "TP 3 is not possible: 40 attention heads" in chat["why"]
         assert embed["memory"]["kv_cache_tokens"] == rank["memory"]["kv_cache_tokens"] == 0
         for gpu in result["gpus"]:
-            assert gpu["free_gib"] >= 0, gpu
+            assert gpu["free_gib"] > 0.1, "a planned utilization leaves a little of each GPU untouched"
 
     def test_the_release_of_the_source_and_its_flags(self) -> None:
         row = one("4x A10", **{**self.CHAT, "engine_version": "0.7.2"})
