@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Modules run with the host's Python: 3.6 on EL 8, and whatever comes after it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ansible_collections.baremetal.vllm.plugins.module_utils import random_llama
+
+ROOT = Path(__file__).parents[4]
+SUPPORTED = [f"3.{minor}" for minor in range(6, 14)]
+FILES = sorted((ROOT / "plugins/modules").glob("*.py")) + sorted((ROOT / "plugins/module_utils").glob("*.py"))
+# Imports each file as the module that it is, with Ansible's part left empty, and prints what must not differ.
+IMPORT = """
+import hashlib, importlib, json, sys, types, warnings
+warnings.simplefilter("error")  # a syntax that a later Python refuses is a warning first
+sys.path.insert(0, sys.argv[1])
+sys.dont_write_bytecode = True
+for name in ("ansible", "ansible.module_utils", "ansible.module_utils.basic"):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules["ansible.module_utils.basic"].AnsibleModule = None
+prefix = "ansible_collections.baremetal.vllm.plugins."
+for name in sys.argv[2:]:
+    importlib.import_module(prefix + name)
+llama = sys.modules[prefix + "module_utils.random_llama"]
+print(json.dumps({
+    "weights": hashlib.sha256(llama.safetensors(0)).hexdigest(),
+    "tokenizer": hashlib.sha256(json.dumps(llama.tokenizer(), sort_keys=True).encode()).hexdigest(),
+    "config": llama.CONFIG,
+}))
+"""
+# The modules that a preflight runs, and the one that writes the model, on every host with its own interpreter.
+PLAY = """
+- hosts: all
+  gather_facts: false
+  tasks:
+    - baremetal.vllm.host_probe:
+        paths: [/]
+        ports: [9]
+        pythons: [python3, /nowhere/python]
+        files: [/etc/os-release]
+        fingerprints: [/etc/os-release]
+        pid_files: [/nowhere/pid]
+      register: host_probe
+    - baremetal.vllm.gpu_facts:
+        own_paths: [/nowhere]
+        nvidia_smi: "{{ nvidia_smi }}"
+      register: gpu_facts
+    - baremetal.vllm.random_model:
+        path: "{{ out }}/{{ inventory_hostname }}/random-llama"
+      register: random_model
+    - baremetal.vllm.model_info:
+        root: "{{ out }}/{{ inventory_hostname }}"
+        endpoint: http://127.0.0.1:9
+        models:
+          - {name: generated, model: random-llama, source: generated}
+          - {name: hub, model: a/b}
+      register: model_info
+    - ansible.builtin.copy:
+        content: >-
+          {{ {'host_probe': host_probe, 'gpu_facts': gpu_facts, 'random_model': random_model, 'model_info': model_info}
+             | to_json }}
+        dest: "{{ out }}/{{ inventory_hostname }}.json"
+        mode: "0600"
+"""
+
+
+def names() -> list[str]:
+    return [f"{path.parent.name}.{path.stem}" for path in FILES]
+
+
+@pytest.mark.parametrize("version", SUPPORTED)
+def test_every_module_imports_and_the_model_is_the_same(pythons: dict[str, str], version: str) -> None:
+    if version not in pythons:
+        pytest.skip(f"NOT TESTED on Python {version}: no such interpreter here (TEST_PYTHONS names a folder of them)")
+    command = [pythons[version], "-c", IMPORT, str(ROOT / "collections"), *names()]
+    process = subprocess.run(command, capture_output=True, text=True, env={"PATH": os.environ["PATH"], "LC_ALL": "C"})
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout) == {
+        # Raise random_llama.FORMAT when these change: hosts keep what an older release wrote.
+        "weights": "4ff89d61486d70dc3e3c6d1f60633c1237b28d82c6b8265d44fccc52031de3bd",
+        "tokenizer": "b6d8124f8358fb2d19629470ca662f0889d6e31fdeeeb9742b9a3b76585ca502",
+        "config": random_llama.CONFIG,
+    }
+
+
+def play(ansible: Path, pythons: dict[str, str], folder: Path) -> dict[str, Any]:
+    """Results of the modules, by Python version."""
+    fake = ROOT / "tests/fakes/nvidia_smi.py"
+    scene = {"gpus": [], "fail": [9, "NVIDIA-SMI has failed"]}
+    (folder / "scene.json").write_text(json.dumps(scene))
+    (folder / "play.yml").write_text(PLAY)
+    hosts = {version: {"ansible_python_interpreter": path} for version, path in pythons.items()}
+    (folder / "hosts.json").write_text(json.dumps({"all": {"hosts": hosts}}))
+    command = [str(ansible), "-i", f"{folder}/hosts.json", "-c", "local", f"{folder}/play.yml"]
+    extra = ["-e", f"out={folder}", "-e", f"nvidia_smi={fake}"]
+    settings = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
+    settings |= {"ANSIBLE_COLLECTIONS_PATH": str(ROOT / "collections"), "NVIDIA_SMI_SCENE": f"{folder}/scene.json"}
+    settings |= {"ANSIBLE_LOCAL_TEMP": f"{folder}/tmp", "ANSIBLE_REMOTE_TEMP": f"{folder}/remote", "LC_ALL": "C.UTF-8"}
+    process = subprocess.run(command + extra, env=settings, cwd=folder, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return {version: json.loads((folder / f"{version}.json").read_text()) for version in hosts}
+
+
+def judge(results: dict[str, Any], folder: Path) -> None:
+    for version, result in results.items():
+        probe, gpu, made, info = (result[name] for name in ("host_probe", "gpu_facts", "random_model", "model_info"))
+        assert probe["free_mib"]["/"] > 0, version
+        assert "ID=" in probe["files"]["/etc/os-release"]
+        assert probe["fingerprints"]["/etc/os-release"].endswith(" root")
+        assert probe["listeners"] == {}
+        assert probe["pids"] == {"/nowhere/pid": 0}
+        assert len(probe["pythons"]) == 1
+        assert gpu["ansible_facts"]["gpu"]["device"] == "cpu"
+        assert gpu["ansible_facts"]["gpu"]["cpu"]["cores"] > 0
+        assert made["changed"] is True
+        models = info["models"]
+        assert models["generated"]["present"] is True
+        assert models["generated"]["config"] == random_llama.CONFIG
+        assert "Connection refused" in models["hub"]["problem"]
+        assert random_llama.current(str(folder / version / "random-llama"), 0)
+
+
+@pytest.mark.client
+def test_modules_run_on_the_oldest_pythons(
+    pythons: dict[str, str], tool_environment: Callable[..., Path], tmp_path: Path
+) -> None:
+    """ansible-core 2.16 is the last that manages hosts with Python 3.6 (EL 8); it needs 3.10 to 3.12 itself."""
+    own = next((pythons[version] for version in ("3.11", "3.12", "3.10") if version in pythons), None)
+    old = {version: path for version, path in pythons.items() if version in ("3.6", "3.7")}
+    if not own or not old:
+        pytest.skip("NOT TESTED on Python 3.6: it needs that, and one of 3.10 to 3.12 for ansible-core 2.16")
+    environment = tool_environment("ansible-core==2.16.*", python=own)
+    judge(play(environment / "ansible-playbook", old, tmp_path), tmp_path)
+
+
+def test_modules_run_on_newer_pythons(pythons: dict[str, str], tmp_path: Path) -> None:
+    ansible = Path(sys.executable).with_name("ansible-playbook")
+    newer = {version: path for version, path in pythons.items() if version in (SUPPORTED[3], SUPPORTED[-1])}
+    if not newer:
+        pytest.skip(f"NOT TESTED: neither Python {SUPPORTED[3]} nor {SUPPORTED[-1]} is here")
+    judge(play(ansible, newer, tmp_path), tmp_path)
