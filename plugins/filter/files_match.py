@@ -22,7 +22,7 @@ options:
     type: dict
     required: true
 author:
-  - baremetal.vllm maintainers
+  - baremetal.vllm maintainers (@baremetal-vllm)
 """
 
 EXAMPLES = r"""

@@ -32,7 +32,7 @@ options:
     type: dict
     required: true
 author:
-  - baremetal.vllm maintainers
+  - baremetal.vllm maintainers (@baremetal-vllm)
 """
 
 EXAMPLES = r"""

@@ -8,7 +8,7 @@ DOCUMENTATION = r"""
 name: plan_hosts
 short_description: Describe hosts that do not exist yet by their GPUs
 version_added: 0.1.0
-author: baremetal.vllm maintainers
+author: baremetal.vllm maintainers (@baremetal-vllm)
 description:
   - Turns a line such as C(4x A10) into hosts as P(baremetal.vllm.vllm_plan#filter) takes them, with memory, compute
     capability and links from the catalog of GPUs.

@@ -8,7 +8,7 @@ DOCUMENTATION = r"""
 name: plan_html
 short_description: Show a plan as one self-contained HTML page
 version_added: 0.1.0
-author: baremetal.vllm maintainers
+author: baremetal.vllm maintainers (@baremetal-vllm)
 description:
   - Show a plan as one self-contained HTML page, and for each service its flags, its command line and what decided.
 options:

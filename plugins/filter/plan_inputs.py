@@ -44,7 +44,7 @@ options:
     type: list
     elements: str
 author:
-  - baremetal.vllm maintainers
+  - baremetal.vllm maintainers (@baremetal-vllm)
 """
 
 EXAMPLES = r"""

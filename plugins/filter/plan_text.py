@@ -8,7 +8,7 @@ DOCUMENTATION = r"""
 name: plan_text
 short_description: Show a plan as text, with a bar for each GPU
 version_added: 0.1.0
-author: baremetal.vllm maintainers
+author: baremetal.vllm maintainers (@baremetal-vllm)
 description:
   - Show a plan as text, with a bar for each GPU, and for each service its flags, its command line and what decided.
 options:

@@ -8,7 +8,7 @@ DOCUMENTATION = r"""
 name: tp_sizes
 short_description: Tensor-parallel sizes that vLLM accepts for a model
 version_added: 0.1.0
-author: baremetal.vllm maintainers
+author: baremetal.vllm maintainers (@baremetal-vllm)
 description:
   - Reads a model's C(config.json) and says over how many GPUs vLLM can split each layer, by vLLM's own rules.
   - Attention heads, KV heads (divided or repeated), the padded vocabulary, intermediate sizes, experts, and the blocks

@@ -8,7 +8,7 @@ DOCUMENTATION = r"""
 name: vllm_memory
 short_description: Where the memory of one GPU goes when a vLLM engine starts on it
 version_added: 0.1.0
-author: baremetal.vllm maintainers
+author: baremetal.vllm maintainers (@baremetal-vllm)
 description:
   - Computes what vLLM would measure at its start - weights, activations, libraries, CUDA graphs and what is left for
     the KV cache - and whether the engine starts at all.

@@ -8,7 +8,7 @@ DOCUMENTATION = r"""
 name: vllm_plan
 short_description: Plan which vLLM service runs on which GPUs, with which flags
 version_added: 0.1.0
-author: baremetal.vllm maintainers
+author: baremetal.vllm maintainers (@baremetal-vllm)
 description:
   - Turns what the hosts have and what they should serve into a layout (tensor, pipeline and data parallel sizes, GPUs,
     memory, image, flags), or says with the arithmetic why it cannot run and what nearest thing can.

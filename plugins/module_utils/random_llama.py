@@ -139,7 +139,8 @@ def tensor_bytes(name, shape, generator):
 
 def safetensors(seed):
     """The model as one safetensors file: length of the header, header, tensors."""
-    generator, header, body, offset = random.Random(seed), {"__metadata__": {"format": "pt"}}, [], 0
+    generator = random.Random(seed)  # noqa: S311 - the same weights for the same seed are wanted
+    header, body, offset = {"__metadata__": {"format": "pt"}}, [], 0
     for name, shape in sorted(shapes().items()):
         data = tensor_bytes(name, shape, generator)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + len(data)]}

@@ -36,7 +36,7 @@ options:
     type: path
     default: /sys
 author:
-  - baremetal.vllm maintainers
+  - baremetal.vllm maintainers (@baremetal-vllm)
 attributes:
   check_mode:
     description: Runs the same in check mode, as it only reads.
@@ -97,7 +97,9 @@ ansible_facts:
           type: list
           elements: list
         pci:
-          description: NVIDIA display controllers on the PCI bus, C(address), C(device_id) and the bound kernel C(driver), present without any driver too.
+          description:
+            - NVIDIA display controllers on the PCI bus, with C(address), C(device_id) and the bound kernel C(driver). They
+              are seen without any driver, too.
           type: list
           elements: dict
         cpu:

@@ -45,7 +45,7 @@ options:
     elements: path
     default: []
 author:
-  - baremetal.vllm maintainers
+  - baremetal.vllm maintainers (@baremetal-vllm)
 attributes:
   check_mode:
     description: Runs the same in check mode, as it only reads.

@@ -40,7 +40,7 @@ options:
     type: int
     default: 20
 author:
-  - baremetal.vllm maintainers
+  - baremetal.vllm maintainers (@baremetal-vllm)
 attributes:
   check_mode:
     description: Runs the same in check mode, as it only reads.
@@ -102,18 +102,14 @@ models:
 import json
 import os
 import re
+from http.client import HTTPException
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote, urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.baremetal.vllm.plugins.module_utils import random_llama
-
-try:
-    from http.client import HTTPException
-    from urllib.error import HTTPError, URLError
-    from urllib.parse import quote, urlsplit
-    from urllib.request import HTTPRedirectHandler, Request, build_opener
-except ImportError:  # pragma: no cover - Python 2 only meets this file when ansible-test compiles it
-    HTTPException = HTTPError = URLError = HTTPRedirectHandler = Exception
 
 # Written by the role `model` next to the files once all of them are there.
 COMPLETE = ".baremetal-complete.json"

@@ -60,10 +60,11 @@ options:
     type: int
     default: 120
 author:
-  - baremetal.vllm maintainers
+  - baremetal.vllm maintainers (@baremetal-vllm)
 attributes:
   check_mode:
-    description: Sends nothing in check mode, as the endpoint need not be there yet.
+    description: Can run in check mode.
+    details: Sends nothing in check mode, as the endpoint need not be there yet.
     support: partial
   diff_mode:
     description: There is nothing to compare.
@@ -98,15 +99,11 @@ checks:
 import json
 import re
 import time
+from http.client import HTTPException
+from urllib.error import HTTPError, URLError
+from urllib.request import ProxyHandler, Request, build_opener
 
 from ansible.module_utils.basic import AnsibleModule
-
-try:
-    from http.client import HTTPException
-    from urllib.error import HTTPError, URLError
-    from urllib.request import ProxyHandler, Request, build_opener
-except ImportError:  # pragma: no cover - Python 2 only meets this file when ansible-test compiles it
-    HTTPException = HTTPError = URLError = Exception
 
 WRONG_KEY = "sk-this-key-is-wrong"
 
@@ -245,7 +242,7 @@ def main():
             "closed_paths": {"type": "list", "elements": "str", "default": []},
             "open_paths": {"type": "list", "elements": "str", "default": ["/health"]},
             "prompt": {"type": "str", "default": "Say hello."},
-            "max_tokens": {"type": "int", "default": 16},
+            "max_tokens": {"type": "int", "default": 16, "no_log": False},
             "timeout": {"type": "int", "default": 120},
         },
         mutually_exclusive=[("api_key", "api_key_file")],

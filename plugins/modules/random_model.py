@@ -26,7 +26,7 @@ options:
     type: int
     default: 0
 author:
-  - baremetal.vllm maintainers
+  - baremetal.vllm maintainers (@baremetal-vllm)
 attributes:
   check_mode:
     description: Says whether the model would be written, and returns its configuration all the same.

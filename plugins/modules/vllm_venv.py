@@ -46,7 +46,7 @@ options:
         only if the configured indexes do not have what is needed.
     type: str
 author:
-  - baremetal.vllm maintainers
+  - baremetal.vllm maintainers (@baremetal-vllm)
 attributes:
   check_mode:
     description: Says whether the environment would be made.

@@ -34,10 +34,11 @@ options:
     type: int
     default: 900
 author:
-  - baremetal.vllm maintainers
+  - baremetal.vllm maintainers (@baremetal-vllm)
 attributes:
   check_mode:
-    description: Does not wait in check mode, as the server need not be there yet.
+    description: Can run in check mode.
+    details: Does not wait in check mode, as the server need not be there yet.
     support: partial
   diff_mode:
     description: There is nothing to compare.
@@ -65,14 +66,10 @@ seconds:
 
 import re
 import time
+from http.client import HTTPException
+from urllib.request import ProxyHandler, build_opener
 
 from ansible.module_utils.basic import AnsibleModule
-
-try:
-    from http.client import HTTPException
-    from urllib.request import ProxyHandler, build_opener
-except ImportError:  # pragma: no cover - Python 2 only meets this file when ansible-test compiles it
-    HTTPException = ProxyHandler = build_opener = None
 
 # The line that says why: an exception at the end of a traceback, the argument parser's complaint, or what pydantic found
 # (its exception only counts errors). Before it, which processes pass it on.
