@@ -61,7 +61,8 @@ def _minor(version: str) -> tuple[int, int]:
 def _python(services: list[dict[str, Any]], probe: dict[str, Any], settings: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
     """(the first interpreter that every build accepts, what is wrong when there is none)."""
     limits = [settings["builds"][service["device"]]["python"] for service in services] or [["3.9", "3.14"]]
-    low, high = max(_minor(low) for low, _ in limits), min(_minor(high) for _, high in limits)
+    low = max(_minor(limit) for limit, dummy in limits)
+    high = min(_minor(limit) for dummy, limit in limits)
     for python in probe["pythons"]:
         if low <= _minor(python["version"]) <= high:
             return python, ""

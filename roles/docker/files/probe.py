@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What the role has to know of Docker on this host, read in one go and printed as one JSON object.
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Asks this host's dockerd whether it would start with a daemon.json, without starting or writing anything.
 
