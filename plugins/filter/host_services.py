@@ -56,7 +56,7 @@ ENVIRONMENT = {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE
 # other names lack.
 SERVER = ["-m", "vllm.entrypoints.openai.api_server"]
 # Addresses that mean "all interfaces" are no addresses to ask.
-ANY = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104
+ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
 
 
 def _service(plan: dict[str, Any], device: str, user: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +65,8 @@ def _service(plan: dict[str, Any], device: str, user: dict[str, Any], settings: 
     config_dir, state_dir = f"{settings['config_dir']}/{name}", f"{settings['state_dir']}/{name}"
     log_file = f"{settings['log_dir']}/{name}.log"
     bind, port = user.get("bind", settings["bind"]), plan["port"]
-    root_url = f"http://{ANY.get(bind, bind)}:{port}"
+    address = ANY.get(bind, bind)
+    root_url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
     venv = f"{settings['root']}/venvs/{device}-{version}"
     python = settings["python"] or f"{venv}/bin/python"
     systemd = settings["manager"] == "systemd"

@@ -80,7 +80,8 @@ def check_names(services: Any) -> None:
     for number, name in enumerate(names):
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise AnsibleFilterError(
-                f"vllm_services[{number}].name is {name!r}: give up to 63 letters, digits, '_', '.' and '-'"
+                f"vllm_services[{number}].name is {name!r}: give up to 63 letters, digits, '_', '.' and '-', a letter or "
+                "digit first"
             )
         if names.index(name) != number:
             raise AnsibleFilterError(

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ansible_collections.baremetal.vllm.plugins.filter.host_readiness import host_readiness
+
+LIBRARIES = {"libnuma.so.1": {"Debian": "libnuma1", "RedHat": "numactl-libs"}}
+BUILDS = {
+    "cpu": {"python": ["3.11", "3.14"], "disk_mib": 10000, "libraries": LIBRARIES},
+    "cuda": {"python": ["3.10", "3.13"], "disk_mib": 20000, "libraries": {}},
+}
+SETTINGS = {
+    "root": "/opt/vllm",
+    "builds": BUILDS,
+    "tools": ["uv==1.0", "supervisor==2.0"],
+    "tools_dir": "/opt/vllm/tools",
+    "manager": "systemd",
+    "supervisor_dir": "/opt/vllm/supervisor",
+    "may_install": True,
+    "os_family": "Debian",
+    "venv_package": {"Debian": "python3-venv"},
+}
+TOOLS = {"/opt/vllm/tools/.baremetal-complete.json": json.dumps({"packages": ["supervisor==2.0", "uv==1.0"]})}
+PYTHON = {"path": "/usr/bin/python3", "version": "3.11.2", "venv": True}
+
+
+def service(name: str = "chat", device: str = "cpu", port: int = 8000, venv: bool = True) -> dict[str, Any]:
+    path = f"/opt/vllm/venvs/{device}-0.32.0"
+    return {
+        "name": name,
+        "device": device,
+        "port": port,
+        "state_dir": f"/var/lib/vllm/{name}",
+        "venv": {"path": path, "device": device, "version": "0.32.0"} if venv else None,
+    }
+
+
+def probe(**seen: Any) -> dict[str, Any]:
+    told = {"pythons": [PYTHON], "free_mib": {"/opt/vllm": 99999}, "files": {}, "listeners": {}}
+    return {**told, "libraries": ["libnuma.so.1"], **seen}
+
+
+def stamp(device: str = "cpu") -> dict[str, str]:
+    return {f"/opt/vllm/venvs/{device}-0.32.0/.baremetal-complete.json": "{}"}
+
+
+def judge(services: list[dict[str, Any]], seen: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    return host_readiness(services, seen, {**SETTINGS, **settings})
+
+
+def test_a_bare_host() -> None:
+    assert judge([service()], probe()) == {
+        "problems": [],
+        "prepared": False,
+        "python": "/usr/bin/python3",
+        "packages": [],
+    }
+
+
+def test_a_host_that_has_everything_needs_no_python() -> None:
+    seen = probe(pythons=[], files={**TOOLS, **stamp()}, free_mib={"/opt/vllm": 0})
+    assert judge([service()], seen) == {"problems": [], "prepared": True, "python": "", "packages": []}
+
+
+@pytest.mark.parametrize("tools", ["", "{", "[]", "null", '{"packages": ["uv==0.9", "supervisor==2.0"]}'])
+def test_other_tools_are_made_anew(tools: str) -> None:
+    seen = probe(files={**stamp(), "/opt/vllm/tools/.baremetal-complete.json": tools})
+    result = judge([service()], seen)
+    assert (result["prepared"], result["python"], result["problems"]) == (False, "/usr/bin/python3", [])
+
+
+def test_a_host_without_services_needs_nothing() -> None:
+    result = judge([], probe(pythons=[], free_mib={"/opt/vllm": 0}))
+    assert (result["problems"], result["prepared"]) == ([], True)
+
+
+@pytest.mark.parametrize(("manager", "prepared"), [("systemd", True), ("supervisor", False)])
+def test_a_given_environment_needs_tools_only_for_supervisor(manager: str, prepared: bool) -> None:
+    assert judge([service(venv=False)], probe(), manager=manager)["prepared"] is prepared
+
+
+@pytest.mark.parametrize(
+    ("devices", "versions", "taken"),
+    [
+        (["cpu"], ["3.10.1", "3.15.0", "3.12.3", "3.11.2"], "3.12.3"),  # the first that will do
+        (["cuda"], ["3.9.2", "3.10.12"], "3.10.12"),
+        (["cuda"], ["3.14.0", "3.13.1"], "3.13.1"),
+        (["cpu", "cuda"], ["3.10.1", "3.14.0", "3.11.0"], "3.11.0"),
+    ],
+)
+def test_the_python_that_every_build_takes(devices: list[str], versions: list[str], taken: str) -> None:
+    pythons = [{"path": f"/p/{version}", "version": version, "venv": True} for version in versions]
+    services = [service(device, device, port) for port, device in enumerate(devices, 8000)]
+    assert judge(services, probe(pythons=pythons))["python"] == f"/p/{taken}"
+
+
+def test_no_python_that_will_do() -> None:
+    pythons = [{"path": "/usr/bin/python3", "version": "3.9.2", "venv": True}]
+    assert judge([service()], probe(pythons=pythons))["problems"] == [
+        "vLLM needs Python 3.11 to 3.14 and the host has /usr/bin/python3 3.9.2: install one and give its path as vllm_python"
+    ]
+    assert "and the host has no Python: install one" in judge([service()], probe(pythons=[]))["problems"][0]
+
+
+def test_packages_are_installed_where_that_is_allowed() -> None:
+    seen = probe(pythons=[{**PYTHON, "venv": False}], libraries=[])
+    result = judge([service()], seen)
+    assert (result["problems"], sorted(result["packages"]), result["prepared"]) == (
+        [],
+        ["libnuma1", "python3-venv"],
+        False,
+    )
+    result = judge([service()], seen, os_family="RedHat")
+    assert sorted(result["packages"]) == ["numactl-libs", "python3"]
+
+
+def test_packages_are_asked_for_where_it_is_not() -> None:
+    (problem,) = judge([service()], probe(pythons=[{**PYTHON, "venv": False}], libraries=[]), may_install=False)[
+        "problems"
+    ]
+    assert "/usr/bin/python3 cannot make virtual environments" in problem
+    assert "libnuma.so.1 is missing" in problem
+    assert "apt-get or dnf install python3-venv libnuma1" in problem
+
+
+def test_a_library_is_missing_though_all_else_is_there() -> None:
+    result = judge([service()], probe(files={**TOOLS, **stamp()}, libraries=[]))
+    assert (result["packages"], result["prepared"], result["python"]) == (["libnuma1"], False, "")
+
+
+def test_a_gpu_host_does_not_need_the_libraries_of_the_cpu() -> None:
+    assert judge([service(device="cuda")], probe(libraries=[]))["packages"] == []
+
+
+@pytest.mark.parametrize(
+    ("services", "files", "need"),
+    [
+        ([service()], {}, 10000),
+        ([service(), service("b", port=8001)], {}, 10000),  # they share an environment
+        ([service(), service("b", "cuda", 8001)], {}, 30000),
+        ([service(), service("b", "cuda", 8001)], stamp("cuda"), 10000),
+    ],
+)
+def test_room(services: list[dict[str, Any]], files: dict[str, str], need: int) -> None:
+    assert judge(services, probe(free_mib={"/opt/vllm": need}, files=files))["problems"] == []
+    assert judge(services, probe(free_mib={"/opt/vllm": need - 1}, files=files))["problems"] == [
+        f"/opt/vllm has {need - 1} MiB free and vLLM needs {need}: make room or set vllm_root to a larger disk"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("listener", "who"),
+    [
+        ({"pid": 12, "command": "nginx: master", "cwd": "/"}, "nginx: master (pid 12)"),
+        ({"pid": 12, "command": "VLLM::APIServer", "cwd": "/var/lib/vllm/other"}, "VLLM::APIServer (pid 12)"),
+        ({"pid": None, "command": "", "cwd": ""}, "another user's process"),
+        ({"pid": 12, "command": "VLLM::APIServer", "cwd": "/var/lib/vllm/chat"}, None),
+    ],
+)
+def test_a_port_that_is_taken(listener: dict[str, Any], who: str | None) -> None:
+    problems = judge([service(), service("free", port=8001)], probe(listeners={"8000": listener}))["problems"]
+    message = f"port 8000 of service chat is taken by {who}: stop it, or give the service another port"
+    assert problems == ([message] if who else [])
+
+
+@pytest.mark.parametrize(
+    ("manager", "length", "refused"), [("supervisor", 79, False), ("supervisor", 80, True), ("systemd", 200, False)]
+)
+def test_the_address_of_a_socket(manager: str, length: int, refused: bool) -> None:
+    folder = "/" + "x" * (length - 1)
+    problems = judge([service()], probe(), manager=manager, supervisor_dir=folder)["problems"]
+    assert problems == (
+        [f"{folder} is too long for the address of a socket: set a shorter vllm_root"] if refused else []
+    )
+
+
+def test_all_problems_are_told_together() -> None:
+    seen = probe(pythons=[], free_mib={"/opt/vllm": 1}, listeners={"8000": {"pid": 1, "command": "x", "cwd": "/"}})
+    assert len(judge([service()], seen)["problems"]) == 3
+
+
+def test_in_a_template(render: Callable[..., Any]) -> None:
+    template = "{{ services | baremetal.vllm.host_readiness(probe, settings) }}"
+    shown = render(template, services=[service()], probe=probe(), settings=SETTINGS)
+    assert (shown["problems"], shown["python"]) == ([], "/usr/bin/python3")
