@@ -24,7 +24,8 @@ options:
   settings:
     description:
       - C(root) (where the environments lie), C(builds), C(tools) (their requirements), C(tools_dir), C(manager),
-        C(supervisor_dir) and C(may_install) (whether packages can be installed).
+        C(supervisor_dir), C(os_family), C(venv_package) (by family) and C(may_install) (whether packages can be
+        installed).
     type: dict
     required: true
 author:
@@ -41,7 +42,7 @@ RETURN = r"""
 _value:
   description:
     - C(problems), one line each; C(python), the interpreter to use, empty where none is needed or none will do;
-      C(python_lacks_venv); and C(prepared), whether the tools are there.
+      C(packages), those of the distribution that have to be installed; and C(prepared), whether the tools are there.
   type: dict
 """
 
@@ -58,7 +59,9 @@ def _minor(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _python(services: list[dict[str, Any]], probe: dict[str, Any], settings: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+def _python(
+    services: list[dict[str, Any]], probe: dict[str, Any], settings: dict[str, Any]
+) -> tuple[dict[str, Any] | None, str]:
     """(the first interpreter that every build accepts, what is wrong when there is none)."""
     limits = [settings["builds"][service["device"]]["python"] for service in services] or [["3.9", "3.14"]]
     low = max(_minor(limit) for limit, dummy in limits)
@@ -71,24 +74,45 @@ def _python(services: list[dict[str, Any]], probe: dict[str, Any], settings: dic
     return None, f"vLLM needs {wanted} and the host has {seen}: install one and give its path as vllm_python"
 
 
+def _tools(text: str) -> list[str]:
+    """Requirements of the tools that are installed, from their stamp."""
+    try:
+        packages: list[str] = json.loads(text)["packages"]
+    except (ValueError, KeyError, TypeError):
+        return []
+    return packages
+
+
+def _packages(
+    python: dict[str, Any] | None, devices: set[str], probe: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, str]:
+    """Package of the distribution -> what is missing without it."""
+    family = settings["os_family"]
+    needed = {}
+    if python and not python["venv"]:
+        needed[settings["venv_package"].get(family, "python3")] = f"{python['path']} cannot make virtual environments"
+    for library, names in ((name, of) for device in devices for name, of in settings["builds"][device]["libraries"].items()):
+        if library not in probe["libraries"]:
+            needed[names.get(family, library)] = f"{library} is missing"
+    return needed
+
+
 def host_readiness(services: list[dict[str, Any]], probe: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     problems = []
     builds = settings["builds"]
     venvs = {service["venv"]["path"]: service["venv"]["device"] for service in services if service["venv"]}
     missing = {path: device for path, device in venvs.items() if f"{path}/{STAMP}" not in probe["files"]}
     tools_needed = bool(services) and (settings["manager"] == "supervisor" or bool(venvs))
-    stamp = json.loads(probe["files"].get(f"{settings['tools_dir']}/{STAMP}", "{}"))
-    prepared = not tools_needed or stamp.get("packages") == sorted(settings["tools"])
+    found = _tools(probe["files"].get(f"{settings['tools_dir']}/{STAMP}", ""))
+    prepared = not tools_needed or found == sorted(settings["tools"])
     python: dict[str, Any] | None = None
     if missing or not prepared:
         python, problem = _python([service for service in services if service["venv"]], probe, settings)
-        if problem:
-            problems.append(problem)
-        elif python and not python["venv"] and not settings["may_install"]:
-            problems.append(
-                f"{python['path']} cannot make virtual environments: install its venv module (Debian, Ubuntu: apt-get install "
-                "python3-venv)"
-            )
+        problems += [problem] if problem else []
+    packages = _packages(python, set(venvs.values()), probe, settings)
+    if packages and not settings["may_install"]:
+        names = " ".join(packages)
+        problems.append(f"{' and '.join(packages.values())}: install {names} as root (apt-get or dnf install {names})")
     need = sum(builds[device]["disk_mib"] for device in missing.values())
     free = probe["free_mib"][settings["root"]]
     if free < need:
@@ -96,20 +120,21 @@ def host_readiness(services: list[dict[str, Any]], probe: dict[str, Any], settin
             f"{settings['root']} has {free} MiB free and vLLM needs {need}: make room or set vllm_root to a larger disk"
         )
     for service in services:
-        listener = probe["listeners"].get(str(service["port"]))
+        port, listener = service["port"], probe["listeners"].get(str(service["port"]))
         # vLLM renames its process, so that the working folder is what tells it from others.
         if listener and listener["cwd"] != service["state_dir"]:
             who = f"{listener['command']} (pid {listener['pid']})" if listener["pid"] else "another user's process"
             problems.append(
-                f"port {service['port']} of service {service['name']} is taken by {who}: stop it, or give the service another port"
+                f"port {port} of service {service['name']} is taken by {who}: stop it, or give the service another port"
             )
-    if settings["manager"] == "supervisor" and len(settings["supervisor_dir"]) > SOCKET_PATH_MAX - len("/supervisor.sock"):
-        problems.append(f"{settings['supervisor_dir']} is too long for the address of a socket: set a shorter vllm_root")
+    folder = settings["supervisor_dir"]
+    if settings["manager"] == "supervisor" and len(folder) > SOCKET_PATH_MAX - len("/supervisor.sock"):
+        problems.append(f"{folder} is too long for the address of a socket: set a shorter vllm_root")
     return {
         "problems": problems,
-        "prepared": prepared,
+        "prepared": prepared and not packages,
         "python": python["path"] if python else "",
-        "python_lacks_venv": bool(python and not python["venv"]),
+        "packages": list(packages),
     }
 
 

@@ -39,6 +39,11 @@ options:
     type: list
     elements: path
     default: []
+  libraries:
+    description: Shared libraries to look for, by the name that the loader uses.
+    type: list
+    elements: str
+    default: []
   pid_files:
     description: Files that hold the process id of a daemon.
     type: list
@@ -87,6 +92,11 @@ init:
   description: Name of process 1, such as V(systemd).
   returned: success
   type: str
+libraries:
+  description: Those of O(libraries) that can be loaded.
+  returned: success
+  type: list
+  elements: str
 listeners:
   description:
     - For each port that is taken, C(pid), C(command) and C(cwd) of a listener; empty where this user may not see them.
@@ -105,6 +115,7 @@ pythons:
   elements: dict
 """
 
+import ctypes
 import glob
 import hashlib
 import json
@@ -146,6 +157,14 @@ def fingerprint(path):
     except KeyError:
         owner = str(status.st_uid)
     return "%s %04o %s" % (digest, status.st_mode & 0o7777, owner)
+
+
+def loadable(library):
+    try:
+        ctypes.CDLL(library)
+        return True
+    except OSError:
+        return False
 
 
 def living_pid(path):
@@ -213,6 +232,7 @@ def main():
             "pythons": {"type": "list", "elements": "str", "default": []},
             "files": {"type": "list", "elements": "path", "default": []},
             "fingerprints": {"type": "list", "elements": "path", "default": []},
+            "libraries": {"type": "list", "elements": "str", "default": []},
             "pid_files": {"type": "list", "elements": "path", "default": []},
         },
         supports_check_mode=True,
@@ -231,6 +251,7 @@ def main():
         files=files,
         fingerprints=dict((path, fingerprint(path)) for path in module.params["fingerprints"]),
         init=read("/proc/1/comm").strip(),
+        libraries=[library for library in module.params["libraries"] if loadable(library)],
         listeners=dict(
             (str(port), holders.get(inode, {"pid": None, "command": "", "cwd": ""})) for port, inode in inodes.items()
         ),
