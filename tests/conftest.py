@@ -9,7 +9,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,13 @@ def tool_environment() -> Callable[..., Path]:
         return folder / "bin"
 
     return environment
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """An empty folder. supervisor's socket lies in vllm_root, and the path of a socket must be short: tmp_path is not."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,9 @@ def pytest(folder: str, limit_s: int) -> Gate:
 STAGES: dict[str, list[Gate]] = {
     "lint": [
         Gate("ruff", ["ruff", "check"], 60),
+        Gate(
+            "shellcheck", ["bash", "-c", "git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck --severity=warning"], 60
+        ),
         Gate("yamllint", ["yamllint", "--strict", "."], 120),
         Gate("mypy", ["mypy"], 300),
         Gate("changelog", ["antsibull-changelog", "lint"], 60),
@@ -79,7 +82,7 @@ def run(gate: Gate, log: Path, junit: Path) -> int:
         "LC_ALL": "C.UTF-8",
         "NO_COLOR": "1",
     }
-    command = [word.format(junit=junit) for word in gate.command]
+    command = [word.replace("{junit}", str(junit)) for word in gate.command]
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True

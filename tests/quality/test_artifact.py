@@ -7,12 +7,11 @@ import json
 import re
 import sys
 import tarfile
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import checked, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +72,16 @@ def test_plugin_is_documented(documentation: dict[str, dict[str, Any]], kind: st
     assert told["return"]
 
 
+def test_execution_environment(installed_collection: Path) -> None:
+    """What ansible-builder reads from meta/execution-environment.yml and from the files that it names."""
+    told = yaml.safe_load(checked(["ansible-builder", "introspect", installed_collection], installed_collection))
+    assert not told["python"]
+    assert [line.split("  #")[0] for line in told["system"]] == [
+        "openssh-client [platform:dpkg]",
+        "openssh-clients [platform:rpm]",
+    ]
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_role_is_documented(installed_collection: Path, tmp_path: Path, role: str) -> None:
     text = checked(
@@ -84,24 +93,22 @@ def test_role_is_documented(installed_collection: Path, tmp_path: Path, role: st
 
 
 @pytest.fixture
-def gpu_hosts() -> Iterator[Path]:
+def gpu_hosts(short_path: Path) -> Path:
     """A user's own inventory in the plain form, of this machine, in a folder that holds nothing else."""
-    # Not tmp_path: supervisor's socket lies in vllm_root, and its path must be short.
-    with tempfile.TemporaryDirectory() as folder:
-        inventory = Path(folder, "mine", "gpu_hosts")
-        inventory.parent.mkdir()
-        folders = ("vllm_root", "vllm_config_dir", "vllm_state_dir", "vllm_log_dir", "model_root")
-        inventory.write_text(
-            "[gpu]\n"
-            f"node1 ansible_connection=local ansible_python_interpreter={sys.executable}\n\n"
-            "[gpu:vars]\n"
-            "ansible_become=false\n"
-            'vllm_services=[{"name": "chat", "model": "random-llama", "source": "generated", "port": 18123}]\n'
-            "vllm_runtime=venv\n"
-            "vllm_service_manager=supervisor\n"
-            "vllm_user={{ ansible_facts['user_id'] }}\n" + "".join(f"{name}={folder}/{name}\n" for name in folders)
-        )
-        yield inventory
+    inventory = short_path / "mine" / "gpu_hosts"
+    inventory.parent.mkdir()
+    folders = ("vllm_root", "vllm_config_dir", "vllm_state_dir", "vllm_log_dir", "model_root")
+    inventory.write_text(
+        "[gpu]\n"
+        f"node1 ansible_connection=local ansible_python_interpreter={sys.executable}\n\n"
+        "[gpu:vars]\n"
+        "ansible_become=false\n"
+        'vllm_services=[{"name": "chat", "model": "random-llama", "source": "generated", "port": 18123}]\n'
+        "vllm_runtime=venv\n"
+        "vllm_service_manager=supervisor\n"
+        "vllm_user={{ ansible_facts['user_id'] }}\n" + "".join(f"{name}={short_path / name}\n" for name in folders)
+    )
+    return inventory
 
 
 def test_installed_playbooks(installed_collection: Path, gpu_hosts: Path) -> None:
