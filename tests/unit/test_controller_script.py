@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pip
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -76,22 +77,18 @@ def call(
     return call
 
 
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment to copy: making one takes seconds, and one test does."""
-    folder = tmp_path_factory.mktemp("template") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    (folder / "bin/pip").write_text('#!/bin/sh\nexec "${0%/*}/python" -m pip "$@"\n')
-    return folder
-
-
 @pytest.fixture
-def python(machine: Path, template: Path) -> Callable[..., None]:
+def python(machine: Path) -> Callable[..., None]:
     """python(name, before) puts this Python on the machine; `before` may act instead of it, by its arguments."""
-    (machine / "cp").symlink_to(shutil.which("cp") or "")
-    copy = f'[ "$1 $2" = "-m venv" ] && exec cp -a {template} "$3"'
+    # An environment with a pip of its own takes seconds to make, and one test does: the others borrow one.
+    folder = Path(pip.__file__).parents[1]
+    shim = rf"""'#!/bin/sh\nPYTHONPATH={folder} exec "${{0%%/*}}/python" -m pip "$@"\n'"""
+    quick = f"""if [ "$1 $2" = "-m venv" ]; then
+    {sys.executable} -m venv --without-pip "$3" && printf {shim} >"$3/bin/pip" && exec chmod +x "$3/bin/pip"
+fi"""
+    (machine / "chmod").symlink_to(shutil.which("chmod") or "")
 
-    def python(name: str = "python3", before: str = copy) -> None:
+    def python(name: str = "python3", before: str = quick) -> None:
         program(machine, name, f'{before}\nexec {sys.executable} "$@"')
 
     return python

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -229,6 +230,22 @@ def test_memory_of_own_servers_is_free(
     scene(**{**two_h200s(), "gpus": gpus, "apps": held})
     gpu = facts(own_paths=[f"{tmp_path}/state/", f"{tmp_path}/state-of"])
     assert [one["memory_used_mib"] for one in gpu["gpus"]] == [10000, 100000]
+
+
+def test_memory_of_own_servers_is_available(facts: Callable[..., Any], tmp_path: Path) -> None:
+    code = "import time; held = b'x' * (300 << 20); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        # Other processes come and go; memory of this one is the difference between two looks at the same moment.
+        ids = gpu_facts.own_processes([str(tmp_path)])
+        held = gpu_facts.held_in_ram(ids)
+        process.kill()
+    assert ids == {str(process.pid)}
+    assert 300 <= held < 400
+    assert gpu_facts.held_in_ram({"999999999"}) == 0
+    cpu = facts(nvidia_smi="/nowhere", own_paths=["/"])["cpu"]  # everything is ours
+    assert cpu["memory_available_mib"] <= cpu["memory_total_mib"]
 
 
 def test_without_own_paths_all_memory_counts(scene: Callable[..., None], facts: Callable[..., Any]) -> None:

@@ -39,7 +39,7 @@ def test_nothing_asked(probe: Callable[..., Any]) -> None:
     assert result["init"] == Path("/proc/1/comm").read_text().strip()
     for name in ("free_mib", "files", "fingerprints", "listeners", "pids"):
         assert result[name] == {}
-    assert result["pythons"] == []
+    assert result["pythons"] == result["libraries"] == []
 
 
 def test_free_space_where_a_folder_would_be_made(probe: Callable[..., Any], tmp_path: Path) -> None:
@@ -119,6 +119,10 @@ def test_the_owner_of_a_file_may_have_no_name(probe: Callable[..., Any], tmp_pat
     (tmp_path / "env").touch()
     os.chown(tmp_path / "env", 54321, -1)
     assert probe(fingerprints=[f"{tmp_path}/env"])["fingerprints"][f"{tmp_path}/env"].endswith(" 54321")
+
+
+def test_libraries(probe: Callable[..., Any]) -> None:
+    assert probe(libraries=["libc.so.6", "libnobodyhasthis.so.1"])["libraries"] == ["libc.so.6"]
 
 
 def test_pids(probe: Callable[..., Any], tmp_path: Path) -> None:

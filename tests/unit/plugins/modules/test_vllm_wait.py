@@ -20,7 +20,7 @@ CAPTURES = Path(__file__).parent / "captures"
 
 
 class Clock:
-    """Time that passes only while the module sleeps; `at` says what happens when."""
+    """Time that passes only while the module sleeps, four times as fast; `at` says what happens when."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -30,7 +30,7 @@ class Clock:
         return self.now
 
     def sleep(self, seconds: float) -> None:
-        self.now += seconds
+        self.now += 4 * seconds
         while self.at and self.at[0][0] <= self.now - 1000:
             self.at.pop(0)[1]()
 
@@ -71,8 +71,8 @@ def test_healthy_after_a_while(wait: Callable[..., Any], clock: Clock, tmp_path:
     (tmp_path / "pid").write_text("77\n")
     with OpenAiServer() as server:
         server.overrides["GET", "/health"] = Answer(503)
-        clock.at = [(5, server.overrides.clear)]
-        assert wait(f"{server.url}/health")["seconds"] == 5.0
+        clock.at = [(6, server.overrides.clear)]
+        assert wait(f"{server.url}/health")["seconds"] == 6.0
 
 
 def test_a_late_start_is_waited_for(wait: Callable[..., Any], clock: Clock, tmp_path: Path) -> None:
@@ -94,9 +94,9 @@ def test_a_process_that_ends_ends_the_wait(
         (tmp_path / "log").write_text("INFO starting\nRuntimeError: no luck\n")
 
     (tmp_path / "pid").write_text("77\n")
-    clock.at = [(3, end)]
+    clock.at = [(4, end)]
     result = wait(closed_port)
-    assert result["msg"] == f"vLLM has ended after 3 s instead of answering {closed_port}: RuntimeError: no luck"
+    assert result["msg"] == f"vLLM has ended after 4 s instead of answering {closed_port}: RuntimeError: no luck"
     assert result["log"] == ["INFO starting", "RuntimeError: no luck"]
 
 
