@@ -237,7 +237,6 @@ def test_memory_of_own_servers_is_available(facts: Callable[..., Any], tmp_path:
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE) as process:
         assert process.stdout
         process.stdout.readline()
-        # Other processes come and go; memory of this one is the difference between two looks at the same moment.
         ids = gpu_facts.own_processes([str(tmp_path)])
         held = gpu_facts.held_in_ram(ids)
         process.kill()
