@@ -128,7 +128,7 @@ def vllm_memory(config: Mapping[str, Any], *positional: object, **arguments: Any
         if quantization is not None and not isinstance(quantization, str):
             raise PlanError("quantization", quantization, "the name of a method, or none")
         shape = parse_config(config, quantization=quantization, dtype=arguments.get("dtype", "auto"))
-        return engine_memory(shape, **arguments).as_dict()
+        return engine_memory(shape, **arguments).as_dict()  # pylint: disable=missing-kwoa # checked above
     except PlanError as error:
         raise AnsibleFilterError(f"vllm_memory: {error}") from error
 

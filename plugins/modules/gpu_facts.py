@@ -114,7 +114,7 @@ import csv
 import glob
 import os
 import re
-import subprocess
+from subprocess import PIPE, STDOUT, Popen, TimeoutExpired  # run_command has no time limit
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -144,14 +144,12 @@ class SmiError(Exception):
 def smi(command, arguments, timeout):
     """Output of one nvidia-smi call. Raises SmiError on a missing program, a hang and an error exit."""
     try:
-        process = subprocess.Popen(
-            [command] + arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True
-        )
+        process = Popen([command] + arguments, stdout=PIPE, stderr=STDOUT, universal_newlines=True)
     except OSError as error:
         raise SmiError("cannot run %s: %s" % (command, error.strerror))
     try:
         output, dummy = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
+    except TimeoutExpired:
         # Not waited for: a process stuck in the driver does not die before the driver lets go of it.
         process.kill()
         raise SmiError("%s did not answer within %d s" % (command, timeout))

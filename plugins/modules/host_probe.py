@@ -122,7 +122,6 @@ import json
 import os
 import pwd
 import re
-import subprocess
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -208,15 +207,14 @@ def owners(inodes):
     return found
 
 
-def interpreters(candidates):
+def interpreters(module, candidates):
     found = []
     for candidate in candidates:
         try:
             # Run, not looked up: a name on PATH may be a version manager's shim for a version that is not there.
-            process = subprocess.Popen(
-                [candidate, "-c", ASK_PYTHON], stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True
-            )
-            path, version, venv = json.loads(process.communicate()[0])
+            command = [candidate, "-c", ASK_PYTHON]
+            dummy, output, dummy = module.run_command(command, handle_exceptions=False, expand_user_and_vars=False)
+            path, version, venv = json.loads(output)
         except (OSError, TypeError, ValueError):  # it does not run, or is no Python
             continue
         if path not in [python["path"] for python in found]:
@@ -256,7 +254,7 @@ def main():
             (str(port), holders.get(inode, {"pid": None, "command": "", "cwd": ""})) for port, inode in inodes.items()
         ),
         pids=dict((path, living_pid(path)) for path in module.params["pid_files"]),
-        pythons=interpreters(module.params["pythons"]),
+        pythons=interpreters(module, module.params["pythons"]),
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, checked
+from support import ROOT, checked
 
 OLDEST = re.fullmatch(r">=(\d+\.\d+)\.0", yaml.safe_load((ROOT / "meta/runtime.yml").read_text())["requires_ansible"])
 assert OLDEST, "meta/runtime.yml: requires_ansible must name a series, as in '>=2.16.0'"

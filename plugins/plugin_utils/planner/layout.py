@@ -13,6 +13,7 @@
 Memory is counted by memory.py, flags and releases by engine.py; here is only the search. Sizes are GiB.
 """
 
+# pylint: disable=disallowed-name # _ is a value that nothing reads
 from __future__ import annotations
 
 import heapq

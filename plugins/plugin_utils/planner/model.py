@@ -8,6 +8,7 @@ Sources: vLLM 0.24.0 and 0.25.1 (model_executor/layers/linear.py, vocab_parallel
 quantization, config/model.py, distributed/utils.py).
 """
 
+# pylint: disable=disallowed-name # _ is a value that nothing reads
 from __future__ import annotations
 
 import math

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """The plan: what ``vllm_plan`` returns."""
 
+# pylint: disable=disallowed-name # _ is a value that nothing reads
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

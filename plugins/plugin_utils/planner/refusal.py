@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Why a service cannot run on the hosts there are, with the arithmetic, and the nearest thing that can."""
 
+# pylint: disable=disallowed-name # _ is a value that nothing reads
 from __future__ import annotations
 
 import math
