@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What tests of the whole collection call: commands as a user runs them, and the interpreters of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(command: Sequence[str | Path], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs it as a user would elsewhere: with no setting of this checkout or of the caller's Ansible."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ANSIBLE_", "GALAXY_", "PYTHON"))}
+    tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = kept | {"PATH": tools, "LC_ALL": "C.UTF-8", "ANSIBLE_INJECT_FACT_VARS": "false"} | variables
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+def checked(command: Sequence[str | Path], cwd: Path, **variables: str) -> str:
+    """What it printed; one that fails fails the test, with that as the reason."""
+    done = run(command, cwd, **variables)
+    if done.returncode:
+        pytest.fail(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stdout}", pytrace=False)
+    return done.stdout
+
+
+def find_pythons() -> dict[str, str]:
+    """Minor version -> an interpreter that runs, of TEST_PYTHONS (a folder of installations), of pyenv or on PATH."""
+    folders = [os.environ["TEST_PYTHONS"]] if "TEST_PYTHONS" in os.environ else []
+    if shutil.which("pyenv"):
+        folders.append(subprocess.check_output(["pyenv", "root"], text=True).strip() + "/versions")
+    candidates = [str(path) for folder in folders for path in sorted(Path(folder).glob("*/bin/python3"))]
+    candidates += [sys.executable, *(f"python3.{minor}" for minor in range(6, 15))]
+    found: dict[str, str] = {}
+    for candidate in candidates:
+        code = "import sys; print('%d.%d' % sys.version_info[:2], sys.executable)"
+        with contextlib.suppress(OSError):  # run, not looked up: a name on PATH may be a shim for what is not there
+            process = subprocess.run([candidate, "-c", code], capture_output=True, text=True, check=False)
+            if process.returncode == 0:
+                version, path = process.stdout.split()
+                found.setdefault(version, path)
+    return found
