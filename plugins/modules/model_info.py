@@ -162,7 +162,10 @@ def from_folder(path):
             "no model in %s: %s (%s): give the folder that holds config.json and the weights"
             % (path, error.strerror, error.filename)
         )
-    return {"config": config, "weights_bytes": weight_size(sizes), "commit": "", "present": True}
+    weights = weight_size(sizes)
+    if weights == 0:
+        raise Problem("%s has config.json and no weights (*.safetensors): finish the download of the model" % path)
+    return {"config": config, "weights_bytes": weights, "commit": "", "present": True}
 
 
 def get(url, params, model):

@@ -272,6 +272,13 @@ def test_a_folder_without_a_model(read: Callable[..., Any], tmp_path: Path, make
     assert said.endswith("give the folder that holds config.json and the weights")
 
 
+def test_a_folder_without_weights(read: Callable[..., Any], tmp_path: Path) -> None:
+    folder = write(tmp_path / "local", {"config.json": json.dumps(CONFIG)})
+    assert read(str(folder))["problem"] == (
+        f"{folder} has config.json and no weights (*.safetensors): finish the download of the model"
+    )
+
+
 def test_a_generated_model(read: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(random_llama, "tensor_bytes", lambda name, shape, generator: bytes(2 * math.prod(shape)))
     facts = read("random-llama", source="generated")
