@@ -59,7 +59,21 @@ SERVER = ["-m", "vllm.entrypoints.openai.api_server"]
 ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
 
 
-def _service(plan: dict[str, Any], device: str, user: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def _visible(gpus: list[int], uuids: list[str]) -> dict[str, str]:
+    """Environment that shows a server its own GPUs and no others. Slices have no index;
+    not every release reads UUIDs."""
+    if not gpus:
+        return {}
+    slices = [uuid for uuid in uuids if uuid.startswith("MIG-")]
+    return {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the order in which nvidia-smi, and so the plan, counts
+        "CUDA_VISIBLE_DEVICES": ",".join(slices or map(str, gpus)),
+    }
+
+
+def _service(
+    plan: dict[str, Any], host: str, device: str, user: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, Any]:
     name, version = user["name"], plan["engine_version"]
     unit = f"vllm-{name}"
     config_dir, state_dir = f"{settings['config_dir']}/{name}", f"{settings['state_dir']}/{name}"
@@ -76,6 +90,7 @@ def _service(plan: dict[str, Any], device: str, user: dict[str, Any], settings: 
         "PYTHONPATH": f"{settings['root']}/lib",
         "XDG_CACHE_HOME": f"{state_dir}/cache",
         "VLLM_CACHE_ROOT": f"{state_dir}/cache/vllm",
+        **_visible(plan["gpus"].get(host, []), plan["gpu_uuids"].get(host, [])),
         **plan["env"],
     }
     unit_file = f"/etc/systemd/system/{unit}.service" if systemd else f"{settings['supervisor_dir']}/conf.d/{unit}.conf"
@@ -114,10 +129,12 @@ def _service(plan: dict[str, Any], device: str, user: dict[str, Any], settings: 
     }
 
 
-def host_services(plan: dict[str, Any], host: str, services: list[dict[str, Any]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+def host_services(
+    plan: dict[str, Any], host: str, services: list[dict[str, Any]], settings: dict[str, Any]
+) -> list[dict[str, Any]]:
     users = {service["name"]: service for service in services}
     return [
-        _service(instance, planned["device"], users[planned["name"]], settings)
+        _service(instance, host, planned["device"], users[planned["name"]], settings)
         for planned in plan["services"]
         for instance in planned["instances"]
         if host in instance["hosts"]

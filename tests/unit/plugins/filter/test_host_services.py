@@ -158,3 +158,28 @@ def test_in_a_template(render: Callable[..., Any]) -> None:
     shown = render("{{ plan | baremetal.vllm.host_services('one', services, settings) }}", **variables)
     assert shown[0]["unit"] == "vllm-chat"
     assert "sk-secret" not in str(shown), "it is kept as a fact"
+
+
+def test_a_server_sees_its_own_gpus_and_no_others() -> None:
+    gpu = {
+        "name": "NVIDIA A10",
+        "memory_total_mib": 23028,
+        "memory_used_mib": 0,
+        "compute_capability": "8.6",
+        "mig": False,
+    }
+    hosts = [{"name": "one", "gpus": [{**gpu, "index": index, "uuid": f"GPU-{index}"} for index in range(4)]}]
+    asked = [service(name="a", gpus=[2]), service(name="b", gpus=[0, 1], port=8001)]
+    found = {svc["name"]: svc for svc in host_services(vllm_plan(asked, hosts), "one", asked, SETTINGS)}
+    assert found["a"]["env"]["CUDA_VISIBLE_DEVICES"] == "2"
+    assert found["b"]["env"]["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert found["a"]["env"]["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert "CUDA_VISIBLE_DEVICES" not in here()[0]["env"]
+
+
+def test_slices_are_named_by_their_uuid() -> None:
+    plan = vllm_plan([service(hosts=["one"])], HOSTS)
+    (instance,) = plan["services"][0]["instances"]
+    instance.update(gpus={"one": [0]}, gpu_uuids={"one": ["MIG-7", "MIG-8"]})
+    (svc,) = host_services(plan, "one", [service()], SETTINGS)
+    assert svc["env"]["CUDA_VISIBLE_DEVICES"] == "MIG-7,MIG-8"
