@@ -164,6 +164,15 @@ def test_openai_sdk(checkout: Checkout) -> None:
         checkout.client("sk-wrong").models.list()
 
 
+def test_real_parser_takes_what_the_planner_writes(checkout: Checkout) -> None:
+    """Tests of the planner that ask vLLM's own argument parser, with the vLLM that the quickstart has installed."""
+    python = next((checkout.data / "venvs").glob("cpu-*/bin/python"))
+    command = [f"{ROOT}/.venv/bin/pytest", "-q", "-rs", "tests/unit/plugins/plugin_utils/planner", "-k", "real_parser or installed_vllm"]
+    output = succeed(command, ROOT, BAREMETAL_VLLM_PYTHON=str(python))
+    assert re.search(r"^\d+ passed", output.splitlines()[-1]), output
+    assert "skipped" not in output.splitlines()[-1]
+
+
 def test_second_run_changes_nothing_and_takes_seconds(checkout: Checkout) -> None:
     start = time.monotonic()
     output = checkout.quickstart()
