@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[5]
-QUICKSTART = ROOT / ".quickstart/venv/bin/python"
+QUICKSTART = next((ROOT / ".quickstart/venvs").glob("cpu-*/bin/python"), None)
 SCRIPT = """
 import contextlib, io, json, sys
 from vllm import __version__
@@ -38,7 +38,7 @@ Answer = tuple[str, dict[str, object], list[str | None]]
 @pytest.fixture(scope="session")
 def ask_vllm() -> Callable[[list[list[str]]], Answer]:
     """Parses command lines with the real parser: its version, its options, and an error or None for each line."""
-    python = os.environ.get("BAREMETAL_VLLM_PYTHON") or (str(QUICKSTART) if QUICKSTART.exists() else None)
+    python = os.environ.get("BAREMETAL_VLLM_PYTHON") or (str(QUICKSTART) if QUICKSTART else None)
     if python is None:
         pytest.skip("NO VLLM HERE: the real parser was not asked. Name an interpreter in BAREMETAL_VLLM_PYTHON")
 
