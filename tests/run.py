@@ -75,7 +75,7 @@ STAGES: dict[str, list[Gate]] = {
 
 
 def run(gate: Gate, log: Path, junit: Path) -> int:
-    """The gate's exit status, or -1 when it was ended for taking too long; nothing of it is left running then."""
+    """The gate's exit status; -1 if it cannot be started or was ended for taking too long, with all that it started."""
     environment = os.environ | {
         "PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ.get('PATH', os.defpath)}",
         "ANSIBLE_INJECT_FACT_VARS": "false",
@@ -84,9 +84,19 @@ def run(gate: Gate, log: Path, junit: Path) -> int:
     }
     command = [word.replace("{junit}", str(junit)) for word in gate.command]
     with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        except OSError as error:
+            out.write(f"{command[0]}: {error.strerror}; remove .venv to have it made anew\n".encode())
+            return -1
         try:
             return process.wait(gate.limit_s)
         except BaseException as error:  # a test runner that is interrupted must not leave its tests behind

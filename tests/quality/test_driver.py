@@ -34,6 +34,7 @@ def pytest_of(folder: Path, body: str) -> str:
 def test_commands_count_one_each(stages) -> None:
     assert stages(good="true") == (0, "1 passed, 0 failed")
     assert stages(bad="false", good="true") == (1, "1 passed, 1 failed")
+    assert stages(missing="no-such-program", good="true") == (1, "1 passed, 1 failed")
 
 
 def test_pytest_counts(stages, tmp_path: Path) -> None:
