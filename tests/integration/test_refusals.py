@@ -49,13 +49,27 @@ def test_port_taken(tmp_path: Path) -> None:
 
 
 def test_too_little_disk(tmp_path: Path) -> None:
-    build = {"package": "x", "without": [], "torch_backend": "cpu", "python": ["3.9", "3.14"], "disk_mib": 10**9}
+    build = {
+        "package": "x",
+        "without": [],
+        "torch_backend": "cpu",
+        "python": ["3.9", "3.14"],
+        "disk_mib": 10**9,
+        "libraries": {},
+    }
     output = refuse(tmp_path, *extra(quickstart_port=1, __vllm_builds={"cpu": build, "cuda": build}))
     assert "MiB free and vLLM needs 1000000000: make room or set vllm_root to a larger disk" in output
 
 
 def test_no_python_that_vllm_supports(tmp_path: Path) -> None:
-    build = {"package": "x", "without": [], "torch_backend": "cpu", "python": ["3.98", "3.99"], "disk_mib": 1}
+    build = {
+        "package": "x",
+        "without": [],
+        "torch_backend": "cpu",
+        "python": ["3.98", "3.99"],
+        "disk_mib": 1,
+        "libraries": {},
+    }
     output = refuse(tmp_path, *extra(quickstart_port=1, __vllm_builds={"cpu": build, "cuda": build}))
     assert "vLLM needs Python 3.98 to 3.99 and the host has" in output
     assert "install one and give its path as vllm_python" in output
