@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+import ast
+import configparser
 import os
 import re
 import shutil
 import sys
 from pathlib import Path
 
+import ansible_test
 import pytest
-from support import ROOT, run
+from ansible_test._util.target.common import constants
+from support import ROOT, checked, run
 
 HOME = ROOT / ".cache" / "ansible-test"
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"
-# Of managed hosts, the Pythons that ansible-core 2.19 to 2.21 knows. test_cores.py and the unit tests have the older ones.
-PYTHONS = ["3.8", "3.9", "3.10", "3.11", "3.12", "3.13"]
+# Those of managed hosts and of controllers. Hosts with older ones are for older cores: the unit tests have those.
+PYTHONS = [*constants.REMOTE_ONLY_PYTHON_VERSIONS, *constants.CONTROLLER_PYTHON_VERSIONS]
 ON_EACH_PYTHON = ["--test", "compile", "--test", "import"]
 
 
@@ -26,44 +30,56 @@ def tree(installed_collection: Path, tmp_path_factory: pytest.TempPathFactory) -
     return shutil.copytree(installed_collection / "ansible_collections" / "baremetal" / "vllm", folder)
 
 
-def sanity(tree: Path, pythons: dict[str, str], *arguments: str) -> str:
-    """What ansible-test printed; errors fail the test. Its environments are kept below .cache for the next time."""
-    # ansible-test fetches pip from a site of its own; the one that comes with Python does as well.
-    bootstrap = HOME / ".ansible" / "test" / "cache"
-    bootstrap.mkdir(parents=True, exist_ok=True)
-    for version in ("20_3_4", "21_3_1", "24_2", "25_2", "25_3"):
-        (bootstrap / f"get_pip_{version}.py").write_text("import ensurepip\n\nensurepip.bootstrap()\n")
-    programs = HOME / "bin"
-    programs.mkdir(exist_ok=True)
+@pytest.fixture(scope="module")
+def home(pythons: dict[str, str]) -> Path:
+    """A home for ansible-test, which keeps its environments there for the next time and asks nothing but pip's index."""
+    text = (Path(ansible_test.__file__).parent / "_internal" / "python_requirements.py").read_text()
+    versions = re.findall(r"pip='([\d.]+)'", text)
+    assert versions, "ansible-test names the pip that it wants in another way than before"
+    (HOME / ".ansible/test/cache").mkdir(parents=True, exist_ok=True)
+    for version in versions:
+        # It would fetch pip from a site of its own; the one that comes with Python does as well.
+        script = HOME / ".ansible/test/cache" / f"get_pip_{version.replace('.', '_')}.py"
+        script.write_text("import ensurepip\n\nensurepip.bootstrap()\n")
+    # It hands on no variables for pip (a mirror, say); files it cannot keep from pip.
+    settings = configparser.RawConfigParser()
+    listed = checked([sys.executable, "-m", "pip", "config", "list"], ROOT).splitlines()
+    for name, text in (line.split("=", 1) for line in sorted(listed, key=lambda line: line.startswith(":env:"))):
+        section, option = name.replace(":env:", "global").split(".", 1)
+        settings.read_dict({section: {option: ast.literal_eval(text)}})
+    (HOME / ".config/pip").mkdir(parents=True, exist_ok=True)
+    with (HOME / ".config/pip/pip.conf").open("w") as file:
+        settings.write(file)
+    (HOME / "bin").mkdir(exist_ok=True)
     for version, path in pythons.items():
-        link = programs / f"python{version}"
+        link = HOME / "bin" / f"python{version}"
         link.unlink(missing_ok=True)
         link.symlink_to(path)
-    settings = {name: os.environ.get(name, str(Path.home() / default)) for name, default in XDG.items()}
-    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = run(["ansible-test", "sanity", "--color", "no", *arguments], tree, HOME=str(HOME), PATH=path, **settings)
+    return HOME
+
+
+def sanity(tree: Path, home: Path, *arguments: str) -> str:
+    """What ansible-test printed; errors fail the test."""
+    path = f"{home / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = run(["ansible-test", "sanity", "--color", "no", *arguments], tree, HOME=str(home), PATH=path)
     if done.returncode:
         said = re.findall(r"^(?:ERROR|FATAL|Running sanity).*", done.stdout, re.MULTILINE)
         pytest.fail("\n".join(said) or done.stdout, pytrace=False)
     return done.stdout
 
 
-# pip's own settings and its cache stay those of the user.
-XDG = {"XDG_CONFIG_HOME": ".config", "XDG_CACHE_HOME": ".cache"}
-
-
-def test_sanity(tree: Path, pythons: dict[str, str]) -> None:
+def test_sanity(tree: Path, home: Path) -> None:
     skipped = ["--skip-test", "compile", "--skip-test", "import"]
-    output = sanity(tree, pythons, "--python", HERE, *skipped)
+    output = sanity(tree, home, "--python", HERE, *skipped)
     ran = set(re.findall(r'Running sanity test "([\w-]+)"', output))
     assert {"ansible-doc", "pep8", "pylint", "runtime-metadata", "validate-modules", "yamllint"} <= ran
 
 
 @pytest.mark.parametrize("version", PYTHONS)
-def test_modules_load(tree: Path, pythons: dict[str, str], version: str) -> None:
+def test_modules_load(tree: Path, home: Path, pythons: dict[str, str], version: str) -> None:
     """Compiled and imported as managed hosts do. On a controller's Pythons the other plugins are, too."""
     if version not in pythons:
         pytest.skip(f"no Python {version} on this machine: install it (pyenv, apt) or name its folder in TEST_PYTHONS")
-    output = sanity(tree, pythons, "--python", version, *ON_EACH_PYTHON)
+    output = sanity(tree, home, "--python", version, *ON_EACH_PYTHON)
     for test in ("compile", "import"):
         assert f'Running sanity test "{test}" on Python {version}' in output
