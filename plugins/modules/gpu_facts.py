@@ -114,7 +114,7 @@ import csv
 import glob
 import os
 import re
-from subprocess import PIPE, STDOUT, Popen, TimeoutExpired  # run_command has no time limit
+from subprocess import PIPE, STDOUT, Popen, TimeoutExpired
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -144,6 +144,8 @@ class SmiError(Exception):
 def smi(command, arguments, timeout):
     """Output of one nvidia-smi call. Raises SmiError on a missing program, a hang and an error exit."""
     try:
+        # run_command has no time limit, and nvidia-smi may hang for ever.
+        # pylint: disable-next=ansible-bad-function
         process = Popen([command] + arguments, stdout=PIPE, stderr=STDOUT, universal_newlines=True)
     except OSError as error:
         raise SmiError("cannot run %s: %s" % (command, error.strerror))
