@@ -88,6 +88,9 @@ def test_validate_speaks_to_old_and_new_engines(tmp_path, version, says, code):
     dockerd.chmod(0o755)
     done = subprocess.run(
         [sys.executable, str(FILES / "validate.py"), str(dockerd), version, "-H", "fd://"],
-        input=json.dumps({"log-level": "info"}), capture_output=True, text=True, check=False,
+        input=json.dumps({"log-level": "info"}),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stdout.strip()) == (code, says if code else "")
