@@ -12,6 +12,7 @@ those versions on an H200 (tests/benchmarks/truth).
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,7 +180,7 @@ class Allocator:
     def __init__(self, whole_from: int = LARGE) -> None:
         self.counted = 0
         self._whole_from = whole_from
-        self._free: list[int] = []
+        self._free: list[int] = []  # in order of size
 
     def take(self, size: int) -> None:
         """One tensor of ``size`` bytes that stays."""
@@ -187,21 +188,22 @@ class Allocator:
             self.counted += -(-size // 512) * 512
             return
         whole = size >= self._whole_from  # takes a free block only when that is little larger
-        fitting = (free for free in self._free if free >= size and (whole or free < self._whole_from))
-        block = min((free for free in fitting if not whole or free < size + LARGE), default=0)
-        if block:
-            self._free.remove(block)
+        index = bisect_left(self._free, size)
+        if index < len(self._free) and self._free[index] < (size + LARGE if whole else self._whole_from):
+            block = self._free.pop(index)
         else:
             block = LARGE if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
         if not whole and block - size > MIB:
-            self._free.append(block - size)
+            insort(self._free, block - size)
             block = size
         self.counted += block
 
     def rotary(self, elements: int, element: int) -> None:
         """The table of cosines and sines, with what building it in float32 leaves free for later tensors."""
         self.take(elements * element)
-        self._free += [size for size in (elements * 2, elements * 2, elements * 4) if size >= LARGE]
+        self._free = sorted(
+            [*self._free, *(size for size in (elements * 2, elements * 2, elements * 4) if size >= LARGE)]
+        )
 
 
 def _weights(
