@@ -26,7 +26,7 @@ STAGES = {
     "Install the tools": "uv and supervisor",
     "Install vLLM": "vLLM's environment",
     "Make the random model": "model",
-    "Wait until": "server start",
+    "Wait for an answer": "server start",
     "Prove that": "proof",
 }
 TASK = re.compile(r"^(\S+ \S+?),\d+ .*? TASK \[(.*)\]")
@@ -69,6 +69,7 @@ def main() -> None:
             subprocess.run(["git", "clone", "--quiet", str(ROOT), str(checkout)], check=True)
             try:
                 results["first"].append(quickstart(checkout))
+                assert set(STAGES.values()) <= set(results["first"][-1][0]), f"a task has another name: {STAGES}"
                 results["second"].append(quickstart(checkout))
             finally:
                 subprocess.run(["make", "quickstart-down"], cwd=checkout, check=True, capture_output=True)

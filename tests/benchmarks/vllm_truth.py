@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 GIB = 1 << 30
-NOT_ENGINE = ("model", "name", "trace", "env")
+NOT_ENGINE = ("model", "name", "trace", "env", "predicted_before")
 MARK = "VLLM_TRUTH_FILE"
 
 
