@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Runs the stages of `make test` one after the other and ends with one line of counts.
+"""Runs the stages of `make test` in two lanes side by side and ends with one line of counts.
 
     tests/run.py [STAGE...]     all of them without an argument
 
+One lane is the gates that only compute, the other those that start servers and containers, and mostly wait for them.
 A gate that fails does not stop the ones behind it. What a gate prints goes to .cache/test-logs/STAGE-GATE.log; of one
 that fails, the end is shown here too. The exit status is 1 if anything failed and 2 for a stage that does not exist.
 """
@@ -15,8 +16,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,6 +75,10 @@ STAGES: dict[str, list[Gate]] = {
     "integration": [pytest("integration", 1500)],
     "molecule": [Gate("scenarios", ["molecule/run.sh"], 1800)],
 }
+# Stages of a lane run one after the other.
+LANES = (("lint", "unit", "quality"), ("integration", "molecule"))
+_running: set[subprocess.Popen[bytes]] = set()
+_printing, _stopping = threading.Lock(), threading.Event()
 
 
 def run(gate: Gate, log: Path, junit: Path) -> int:
@@ -84,6 +91,8 @@ def run(gate: Gate, log: Path, junit: Path) -> int:
     }
     command = [word.replace("{junit}", str(junit)) for word in gate.command]
     with log.open("wb") as out:
+        if _stopping.is_set():
+            return -1
         try:
             process = subprocess.Popen(
                 command,
@@ -97,15 +106,21 @@ def run(gate: Gate, log: Path, junit: Path) -> int:
         except OSError as error:
             out.write(f"{command[0]}: {error.strerror}; remove .venv to have it made anew\n".encode())
             return -1
+        _running.add(process)
         try:
             return process.wait(gate.limit_s)
-        except BaseException as error:  # a test runner that is interrupted must not leave its tests behind
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                out.write(f"\nended after its limit of {gate.limit_s} s\n".encode())
-                return -1
-            raise
+        except subprocess.TimeoutExpired:
+            end(process)
+            out.write(f"\nended after its limit of {gate.limit_s} s\n".encode())
+            return -1
+        finally:
+            _running.discard(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a gate with all that it started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def count(gate: Gate, status: int, log: Path, junit: Path) -> Counts:
@@ -128,24 +143,44 @@ def main(names: list[str]) -> int:
         print(f"there is no stage {', '.join(unknown)}: there are {', '.join(STAGES)}", file=sys.stderr)
         return 2
     LOGS.mkdir(parents=True, exist_ok=True)
+    asked = names or list(STAGES)
+    lanes = [[name for name in asked if name in lane] for lane in LANES]
+    lanes += [[name] for name in asked if not any(name in lane for lane in LANES)]
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        waiting = [
+            pool.submit(lambda lane=lane: [check(name, gate) for name in lane for gate in STAGES[name]])
+            for lane in lanes
+        ]
+        try:
+            results = [counts for lane in waiting for counts in lane.result()]
+        except BaseException:  # a test runner that is interrupted must not leave its tests behind
+            _stopping.set()
+            for process in list(_running):
+                end(process)
+            raise
     total = Counts()
-    for name in names or list(STAGES):
-        for gate in STAGES[name]:
-            title = f"{name:<12}{gate.name:<14}"
-            log, junit = LOGS / f"{name}-{gate.name}.log", LOGS / f"{name}-{gate.name}.xml"
-            junit.unlink(missing_ok=True)
-            print(f"{title}...", flush=True)
-            started = time.monotonic()
-            status = run(gate, log, junit)
-            counts = count(gate, status, log, junit)
-            total = total.plus(*counts)
-            if counts.failed:
-                print(f"--- the end of {log.relative_to(ROOT)}:")
-                print("\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LINES:]))
-                print("---")
-            print(f"{title}{time.monotonic() - started:7.1f} s   {counts}", flush=True)
+    for counts in results:
+        total = total.plus(*counts)
     print(total)
     return 1 if total.failed else 0
+
+
+def check(stage: str, gate: Gate) -> Counts:
+    """Runs a gate, says how it went, and shows the end of its log when it failed."""
+    title = f"{stage:<12}{gate.name:<14}"
+    log, junit = LOGS / f"{stage}-{gate.name}.log", LOGS / f"{stage}-{gate.name}.xml"
+    junit.unlink(missing_ok=True)
+    print(f"{title}...", flush=True)
+    started = time.monotonic()
+    status = run(gate, log, junit)
+    counts = count(gate, status, log, junit)
+    with _printing:
+        if counts.failed:
+            print(f"--- the end of {log.relative_to(ROOT)}:")
+            print("\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LINES:]))
+            print("---")
+        print(f"{title}{time.monotonic() - started:7.1f} s   {counts}", flush=True)
+    return counts
 
 
 if __name__ == "__main__":

@@ -82,3 +82,21 @@ def test_time_limit(stages, tmp_path: Path) -> None:
 def test_unknown_stage(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["lnit"]) == 2
     assert "lnit" in capsys.readouterr().err
+
+
+def test_lanes_run_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each lane's gate waits for what the other one makes; a failure in one lane stops neither."""
+    monkeypatch.setattr(run, "LOGS", run.ROOT / ".cache" / "driver-test")
+    wait = "touch {0}; for _ in $(seq 100); do [ -e {1} ] && exit {2}; sleep 0.1; done; exit 9"
+    one, other = tmp_path / "one", tmp_path / "other"
+    gates = {
+        "slow": [run.Gate("one", ["sh", "-c", wait.format(one, other, 0)], 20)],
+        "after": [run.Gate("true", ["true"], 20)],
+        "quick": [run.Gate("other", ["sh", "-c", wait.format(other, one, 1)], 20)],
+    }
+    monkeypatch.setattr(run, "STAGES", gates)
+    monkeypatch.setattr(run, "LANES", (("slow", "after"), ("quick",)))
+    assert run.main([]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "2 passed, 1 failed"
