@@ -139,10 +139,12 @@ def test_first_run_prints_how_to_use_it(checkout: Checkout) -> None:
 
 
 def test_endpoint_file(checkout: Checkout) -> None:
-    assert checkout.endpoint == {
+    assert {key: checkout.endpoint[key] for key in ("service", "base_url", "api_key_file", "model", "task")} == {
+        "service": "quickstart",
         "base_url": f"http://127.0.0.1:{PORT}/v1",
         "api_key_file": str(checkout.data / "config/quickstart/api_key"),
         "model": "random-llama",
+        "task": "generate",
     }
     assert Path(checkout.endpoint["api_key_file"]).stat().st_mode & 0o777 == 0o600
 

@@ -96,6 +96,7 @@ def place_on_cpu(task: Task, layout: Layout, port: int) -> dict[str, Any] | None
     ]
     return {
         **settings,
+        "task": service.task,
         "hosts": [host.name for host in chosen],
         "gpus": {},
         "gpu_uuids": {},

@@ -104,6 +104,13 @@ class Service:
         return self.shape.kind == "pool"
 
     @property
+    def task(self) -> str:
+        """What clients can ask of it: generate, embed or score."""
+        if not self.pools:
+            return "generate"
+        return "score" if "Classification" in self.shape.architecture else "embed"
+
+    @property
     def needs_code(self) -> bool:
         """The model's repository brings code that has to run."""
         return bool(self.entry.get("trust_remote_code")) or self.shape.trust_remote_code

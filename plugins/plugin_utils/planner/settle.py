@@ -157,8 +157,7 @@ def command_line(service: Service, version: str, settings: Mapping[str, Any], ex
     args += option("--kv-cache-dtype", service.kv_cache_dtype if service.kv_cache_dtype != "auto" else None)
     args += option("--trust-remote-code", service.trust_remote_code)
     if service.pools:
-        purpose = "score" if "Classification" in service.shape.architecture else "embed"
-        args += option("--runner", "pooling") or option("--task", purpose)
+        args += option("--runner", "pooling") or option("--task", service.task)
     # The V0 core splits prompts on its own above this, which Volta's kernels cannot do.
     if settings["engine_core"] == "V0" and settings["max_model_len"] > 32768 and option("--enable-chunked-prefill"):
         args.append("--enable-chunked-prefill=False")
@@ -231,6 +230,7 @@ def settle(task: Task, instance: Instance, pools: Mapping[int, bool], port: int)
         env.setdefault("VLLM_USE_V1", "0")
     result = {
         **settings,
+        "task": service.task,
         "dtype": service.shape.dtype if settings["dtype"] == "auto" else settings["dtype"],
         "hosts": [host.name for host, _ in by_host],
         "gpus": {host.name: sorted({gpu.index for gpu in gpus}) for host, gpus in by_host},

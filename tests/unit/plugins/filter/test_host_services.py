@@ -183,3 +183,16 @@ def test_slices_are_named_by_their_uuid() -> None:
     instance.update(gpus={"one": [0]}, gpu_uuids={"one": ["MIG-7", "MIG-8"]})
     (svc,) = host_services(plan, "one", [service()], SETTINGS)
     assert svc["env"]["CUDA_VISIBLE_DEVICES"] == "MIG-7,MIG-8"
+
+
+def test_what_is_told() -> None:
+    (svc,) = here(
+        "one", service(hosts=["one"], extra_args=["--enable-auto-tool-choice", "--tool-call-parser", "hermes"])
+    )
+    told = svc["told"]
+    assert told["base_url"] == svc["base_url"]
+    assert told["api_key_file"] == svc["api_key_file"]
+    assert told["python"] == [svc["python"]]
+    assert (told["service"], told["model"], told["task"]) == ("chat", "random-llama", "generate")
+    assert (told["tool_calls"], told["vision"], told["gpus"]) == (True, False, [])
+    assert here()[0]["told"]["tool_calls"] is False
