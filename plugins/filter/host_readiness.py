@@ -91,7 +91,9 @@ def _packages(
     needed = {}
     if python and not python["venv"]:
         needed[settings["venv_package"].get(family, "python3")] = f"{python['path']} cannot make virtual environments"
-    for library, names in ((name, of) for device in devices for name, of in settings["builds"][device]["libraries"].items()):
+    for library, names in (
+        (name, of) for device in devices for name, of in settings["builds"][device]["libraries"].items()
+    ):
         if library not in probe["libraries"]:
             needed[names.get(family, library)] = f"{library} is missing"
     return needed

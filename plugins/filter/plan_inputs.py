@@ -99,11 +99,7 @@ def _is_here(service: Mapping[str, Any], hosts: list[str]) -> bool:
     if not named or missing:
         raise AnsibleFilterError(
             f"this run is limited to {', '.join(hosts)}, and service {service['name']} "
-            + (
-                f"needs {', '.join(missing)}, too"
-                if missing
-                else "may run on any host and would be planned anew"
-            )
+            + (f"needs {', '.join(missing)}, too" if missing else "may run on any host and would be planned anew")
             + ": run without --limit, or give the service `hosts` that are all in the run"
         )
     return True

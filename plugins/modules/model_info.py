@@ -180,7 +180,8 @@ def get(url, params, model):
             # The hub says 401 for what does not exist, too, so as not to tell strangers what does.
             raise Problem(
                 "model %s (revision %s) is not to be had from %s: HTTP %d. Check the name, and for a gated model accept "
-                "its licence there and give model_token" % (model["model"], model["revision"], params["endpoint"], error.code)
+                "its licence there and give model_token"
+                % (model["model"], model["revision"], params["endpoint"], error.code)
             )
         raise Problem("%s answers HTTP %d: try again later, or give another model_hub_endpoint" % (url, error.code))
     except (URLError, HTTPException, OSError, ValueError) as error:  # ValueError: a bad certificate on Python 3.6
@@ -200,7 +201,9 @@ def from_hub(params, model):
             "giving its path as the model" % (model["path"], model["revision"], model["model"])
         )
     endpoint, repo = params["endpoint"].rstrip("/"), quote(model["model"])
-    answer = get("%s/api/models/%s/revision/%s?blobs=true" % (endpoint, repo, quote(model["revision"], "")), params, model)
+    answer = get(
+        "%s/api/models/%s/revision/%s?blobs=true" % (endpoint, repo, quote(model["revision"], "")), params, model
+    )
     try:
         information = json.loads(answer.decode("utf-8"))
         sizes = dict((entry["rfilename"], entry.get("size")) for entry in information["siblings"])
@@ -244,7 +247,9 @@ def describe(entry, params):
         source = entry.get("source") or ("path" if name.startswith("/") else "huggingface")
         result["source"] = source
         if source not in list(FORMS):
-            raise Problem("source %s of model %s is not known: give one of %s" % (source, name, ", ".join(sorted(FORMS))))
+            raise Problem(
+                "source %s of model %s is not known: give one of %s" % (source, name, ", ".join(sorted(FORMS)))
+            )
         if not re.match(FORMS[source], name):
             raise Problem(
                 "model %s is no name for source %s: give owner/name for huggingface, an absolute path for path, and letters, "

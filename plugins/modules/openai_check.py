@@ -252,7 +252,8 @@ def main():
     params = module.params
     if not re.match(r"https?://[^/\s]+(/\S*)?/v1/?\Z", params["base_url"]):
         module.fail_json(
-            msg="base_url is %r: give the address up to and with /v1, such as http://127.0.0.1:8000/v1" % params["base_url"]
+            msg="base_url is %r: give the address up to and with /v1, such as http://127.0.0.1:8000/v1"
+            % params["base_url"]
         )
     if module.check_mode:
         module.exit_json(changed=False, skipped=True, checks=[], answer="")

@@ -75,7 +75,9 @@ def main():
     )
     path, seed = module.params["path"], module.params["seed"]
     if os.path.lexists(path) and not os.path.exists(os.path.join(path, random_llama.MANIFEST)):
-        module.fail_json(msg="%s exists and is no random model of this module: name another path or move it away" % path)
+        module.fail_json(
+            msg="%s exists and is no random model of this module: name another path or move it away" % path
+        )
     changed = not random_llama.current(path, seed)
     if changed and not module.check_mode:
         try:

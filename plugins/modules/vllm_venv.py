@@ -126,7 +126,9 @@ def pip_settings(module):
         name, value = key.rsplit(".", 1)[-1], value.strip("'\"")
         if separator and name in PIP_TO_UV:
             variable, joint = PIP_TO_UV[name]
-            environment[variable] = joint.join(item for item in value.replace("\\n", " ").split() if not is_missing(item))
+            environment[variable] = joint.join(
+                item for item in value.replace("\\n", " ").split() if not is_missing(item)
+            )
         elif name == "no-index":
             options = ["--no-index"] if value.lower() in PIP_TRUE else []
     return dict((variable, value) for variable, value in environment.items() if variable not in os.environ), options
@@ -196,7 +198,11 @@ def main():
         supports_check_mode=True,
     )
     params, path = module.params, module.params["path"]
-    wanted = {"packages": sorted(params["packages"]), "without": sorted(params["without"] or []), "torch": params["torch_backend"]}
+    wanted = {
+        "packages": sorted(params["packages"]),
+        "without": sorted(params["without"] or []),
+        "torch": params["torch_backend"],
+    }
     stamp = os.path.join(path, STAMP)
     try:
         with open(stamp) as handle:

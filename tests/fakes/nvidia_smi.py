@@ -6,6 +6,8 @@ NVIDIA_SMI_SCENE names a JSON file:
   gpus    list of {field: value}, the values as `--query-gpu --format=csv` prints them with units
   apps    list of {gpu_uuid, pid, used_memory}, used_memory with its unit
   topo    {"-m": text, "-p2p r": text}
+  xml     what `-q -x` prints
+  list    what `-L` prints
   fail    [exit status, text]: all that a call does
   warn    [exit status, text]: how a call ends that has done its work
   hang    seconds that every call takes
@@ -53,6 +55,10 @@ def main():
             stop(2, "Invalid combination of input arguments. Please run 'nvidia-smi topo -h' for help.")
         sys.stdout.write(text)
         return
+    for name, call in (("xml", ["-q", "-x"]), ("list", ["-L"])):
+        if arguments == call:
+            sys.stdout.write(scene[name])
+            return
     options = dict(argument.partition("=")[::2] for argument in arguments)
     for option in options:
         if option not in ("--query-gpu", "--query-compute-apps", "--format"):

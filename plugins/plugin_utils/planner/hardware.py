@@ -95,6 +95,21 @@ def gpu_row(name: str, memory_total_mib: int | None = None) -> dict[str, Any] | 
     return row
 
 
+def pci_catalog() -> dict[str, Any]:
+    """What the module gpu_facts is given to name GPUs by their PCI device ids: ``devices`` by id, and ``architectures``."""
+    data = load("gpus")
+    devices: dict[str, dict[str, Any]] = {}
+    for row in data["gpus"]:
+        known = {
+            "name": row["smi"],
+            "kernel_module": row["module"],
+            "last_driver_branch": row.get("last_driver_branch"),
+        }
+        known |= {key: row[key] for key in ("compute_capability", "memory_total_mib", "nvlink")}
+        devices |= dict.fromkeys(row.get("pci", ()), known)
+    return {"devices": devices, "architectures": data["architectures"]}
+
+
 # ----------------------------------------------------------------------------------------------------- from facts
 
 

@@ -89,3 +89,17 @@ def test_flags_are_exactly_those_of_the_installed_vllm(ask_vllm: Any) -> None:
     assert {name for name in load("flags")["flags"] if engines.has_flag(version, name)} == real
     negated = {f"--{name[5:]}" for name in options if name.startswith("--no-")}
     assert {name for name in real if engines.has_flag(version, f"--no-{name[2:]}")} == negated
+
+
+def test_pci_ids_are_of_one_gpu_and_agree_with_their_architecture() -> None:
+    data = load("gpus")
+    ids = [(device, row) for row in data["gpus"] for device in row.get("pci", ())]
+    assert len({device for device, _row in ids}) == len(ids)
+    for device, row in ids:
+        (generation,) = (
+            one
+            for one in data["architectures"]
+            if any(int(low, 16) <= int(device, 16) <= int(high, 16) for low, high in one["pci"])
+        )
+        assert generation["module"] == row["module"], row["name"]
+        assert generation.get("last_driver_branch") == row.get("last_driver_branch"), row["name"]
