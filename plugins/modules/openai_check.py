@@ -29,12 +29,20 @@ options:
     description: Name under which the model is served.
     type: str
     required: true
+  task:
+    description: What the service does; decides what is asked where O(checks) is not given.
+    type: str
+    choices: [generate, embed, score]
+    default: generate
   checks:
-    description: What to prove, in this order.
+    description:
+      - What to prove, in this order. Left out, it is C(health), C(models), what the O(task) offers, C(wrong_key) and C(closed).
     type: list
     elements: str
-    choices: [health, models, completion, chat, stream, wrong_key, closed]
-    default: [health, models, completion, chat, stream, wrong_key, closed]
+    choices: [health, models, completion, chat, stream, embeddings, rerank, wrong_key, closed]
+  ca_file:
+    description: A file on this host with the certificate that the endpoint's own is checked with. Left out, the system's are taken.
+    type: path
   closed_paths:
     description:
       - Paths that must not answer without the key. An answer below 400 is a failure.
@@ -98,18 +106,25 @@ checks:
 
 import json
 import re
+import ssl
 import time
 from http.client import HTTPException
 from urllib.error import HTTPError, URLError
-from urllib.request import ProxyHandler, Request, build_opener
+from urllib.request import HTTPSHandler, ProxyHandler, Request, build_opener
 
 from ansible.module_utils.basic import AnsibleModule
 
 WRONG_KEY = "sk-this-key-is-wrong"
+OFFERED = {"generate": ["completion", "chat", "stream"], "embed": ["embeddings"], "score": ["rerank"]}
+DOCUMENTS = ["The cat sleeps on the sofa.", "Quarterly revenue rose by nine percent."]
 
 
 class Failed(Exception):
     """A check that did not hold; the text says what was seen."""
+
+
+class NotOffered(Exception):
+    """The server says that it does not do this."""
 
 
 class Endpoint:
@@ -118,7 +133,10 @@ class Endpoint:
         self.root = self.base[: -len("/v1")]
         self.params, self.key = params, key
         # An endpoint that this host serves is never behind the host's proxy.
-        self.opener = build_opener(ProxyHandler({}))
+        handlers = [ProxyHandler({})]
+        if self.base.startswith("https:"):
+            handlers.append(HTTPSHandler(context=ssl.create_default_context(cafile=params["ca_file"])))
+        self.opener = build_opener(*handlers)
 
     def send(self, url, body=None, key=None):
         """(status, text) of one request. Raises Failed when there is no HTTP answer at all."""
@@ -138,6 +156,8 @@ class Endpoint:
     def ask(self, path, body=None):
         """Decoded JSON of an answer to the right key."""
         status, text = self.send(self.base + path, body, self.key)
+        if status == 400 and "chat template" in text:
+            raise NotOffered("the model has no chat template")
         if status != 200:
             raise Failed("%s: HTTP %d %s" % (path, status, text[:200]))
         try:
@@ -177,6 +197,21 @@ class Endpoint:
     def completion(self):
         return self.told(self.ask("/completions", self.request(prompt=self.params["prompt"]))["choices"][0]["text"])
 
+    def embeddings(self):
+        data = self.ask("/embeddings", {"model": self.params["model"], "input": DOCUMENTS})["data"]
+        lengths = [len(entry["embedding"]) for entry in data]
+        if len(lengths) != len(DOCUMENTS) or len(set(lengths)) != 1 or not any(data[0]["embedding"]):
+            raise Failed("/embeddings: %d texts gave vectors of the lengths %s" % (len(DOCUMENTS), lengths))
+        return "%d dimensions" % lengths[0]
+
+    def rerank(self):
+        body = {"model": self.params["model"], "query": "Where does the cat sleep?", "documents": DOCUMENTS}
+        results = self.ask("/rerank", body)["results"]
+        scores = [float(entry["relevance_score"]) for entry in results]
+        if sorted(entry["index"] for entry in results) != [0, 1] or scores != sorted(scores, reverse=True):
+            raise Failed("/rerank: two documents gave %s" % results)
+        return "scores " + ", ".join("%.3f" % score for score in scores)
+
     def chat(self):
         choice = self.ask("/chat/completions", self.request(messages=self.messages()))["choices"][0]
         return self.told(self.said(choice["message"]))
@@ -186,6 +221,8 @@ class Endpoint:
             self.base + "/chat/completions", self.request(messages=self.messages(), stream=True), self.key
         )
         events = [line[len("data:") :].strip() for line in text.splitlines() if line.startswith("data:")]
+        if status == 400 and "chat template" in text:
+            raise NotOffered("the model has no chat template")
         if status != 200 or events[-1:] != ["[DONE]"]:
             raise Failed("the stream gave HTTP %d and did not end with [DONE]: %s" % (status, text[-200:]))
         answer = ""
@@ -223,6 +260,8 @@ def run(endpoint, name):
     start = time.time()
     try:
         ok, detail = True, getattr(endpoint, name)()
+    except NotOffered as error:
+        ok, detail = True, "not offered: %s" % error
     except Failed as error:
         ok, detail = False, str(error)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
@@ -231,14 +270,16 @@ def run(endpoint, name):
 
 
 def main():
-    names = ["health", "models", "completion", "chat", "stream", "wrong_key", "closed"]
+    names = ["health", "models", "completion", "chat", "stream", "embeddings", "rerank", "wrong_key", "closed"]
     module = AnsibleModule(
         argument_spec={
             "base_url": {"type": "str", "required": True},
             "api_key": {"type": "str", "no_log": True},
             "api_key_file": {"type": "path", "no_log": False},
             "model": {"type": "str", "required": True},
-            "checks": {"type": "list", "elements": "str", "choices": names, "default": names},
+            "checks": {"type": "list", "elements": "str", "choices": names},
+            "task": {"type": "str", "choices": sorted(OFFERED), "default": "generate"},
+            "ca_file": {"type": "path"},
             "closed_paths": {"type": "list", "elements": "str", "default": []},
             "open_paths": {"type": "list", "elements": "str", "default": ["/health"]},
             "prompt": {"type": "str", "default": "Say hello."},
@@ -269,13 +310,17 @@ def main():
         where = params["api_key_file"] or "api_key"
         module.fail_json(msg="the API key in %s is no key: give printable ASCII characters without spaces" % where)
     module.no_log_values.add(key)
-    endpoint = Endpoint(params, key)
-    checks = [run(endpoint, name) for name in params["checks"]]
+    try:
+        endpoint = Endpoint(params, key)
+    except (IOError, OSError) as error:
+        module.fail_json(msg="cannot read a certificate from %s: %s" % (params["ca_file"], error))
+    wanted = params["checks"] or ["health", "models"] + OFFERED[params["task"]] + ["wrong_key", "closed"]
+    checks = [run(endpoint, name) for name in wanted]
     failed = [check for check in checks if not check["ok"]]
     if failed:
         lines = ["%s (%s)" % (check["name"], check["detail"]) for check in failed]
         module.fail_json(msg="%s does not hold: %s" % (params["base_url"], "; ".join(lines)), checks=checks)
-    answers = dict((check["name"], check["detail"]) for check in checks)
+    answers = dict((check["name"], check["detail"]) for check in checks if not check["detail"].startswith("not offered"))
     module.exit_json(changed=False, checks=checks, answer=answers.get("chat", answers.get("completion", "")))
 
 

@@ -6,7 +6,10 @@ Tests put an Answer into `overrides`, by (method, path), to make it misbehave; `
 
 from __future__ import annotations
 
+import base64
 import json
+import struct
+import zlib
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,6 +35,8 @@ class OpenAiServer(Server):
     def __init__(self, key: str = "sk-the-right-key", model: str = "random-llama") -> None:
         super().__init__()
         self.key, self.model, self.check_key = key, model, True
+        self.task = "generate"
+        self.arguments = '{"city": "Oslo"}'  # of the tool call that it makes
         self.overrides: dict[tuple[str, str], Answer] = {}
 
     def respond(self, request: Handler) -> Answer:
@@ -45,8 +50,15 @@ class OpenAiServer(Server):
             return Answer(200)
         if (request.command, path) == ("GET", "/v1/models"):
             return as_json({"object": "list", "data": [{"id": self.model, "object": "model"}]})
-        if (request.command, path) in (("POST", "/v1/completions"), ("POST", "/v1/chat/completions")):
+        completions = (("POST", "/v1/completions"), ("POST", "/v1/chat/completions"))
+        if (request.command, path) in completions and self.task == "generate":
             return self._complete(json.loads(request.content), path.endswith("chat/completions"))
+        if (request.command, path) == ("POST", "/v1/embeddings") and self.task == "embed":
+            return self._embed(json.loads(request.content))
+        if (request.command, path) == ("POST", "/v1/rerank") and self.task == "score":
+            documents = json.loads(request.content)["documents"]
+            results = [{"index": index, "relevance_score": 0.9 - index / 10} for index, _ in enumerate(documents)]
+            return as_json({"results": results})
         return as_json({"error": {"message": "Not found", "code": 404}}, 404)
 
     def _complete(self, body: dict[str, Any], chat: bool) -> Answer:
@@ -55,5 +67,24 @@ class OpenAiServer(Server):
         if chat and body.get("stream"):
             words = [chunk(content=" amber"), chunk(content=" zephyr")]
             return as_events(chunk(role="assistant", content=""), *words, chunk("length"))
+        if "tool_choice" in body:
+            function = {"name": body["tool_choice"]["function"]["name"], "arguments": self.arguments}
+            calls = [{"id": "call-1", "type": "function", "function": function}]
+            message = {"role": "assistant", "content": None, "tool_calls": calls}
+            return as_json({"choices": [{"index": 0, "finish_reason": "stop", "message": message}]})
         choice = {"message": {"role": "assistant", "content": " amber zephyr"}} if chat else {"text": " amber anchor"}
         return as_json({"choices": [{"index": 0, "finish_reason": "length", **choice}]})
+
+    def _embed(self, body: dict[str, Any]) -> Answer:
+        """A vector of a text's own checksum; equal texts have equal ones."""
+        data = []
+        for index, text in enumerate(body["input"]):
+            sum_of = zlib.crc32(text.encode())
+            vector = [float(sum_of >> shift & 15) - 7.5 for shift in range(0, 32, 4)]
+            encoded = base64.b64encode(struct.pack("<8f", *vector)).decode()
+            data.append({"index": index, "object": "embedding", "embedding": vector})
+            if body.get("encoding_format") == "base64":  # what the SDK asks for
+                data[-1]["embedding"] = encoded
+        return as_json(
+            {"object": "list", "model": self.model, "data": data, "usage": {"prompt_tokens": 1, "total_tokens": 1}}
+        )

@@ -257,3 +257,42 @@ def test_both_keys_or_none(run_module: Callable[..., Any]) -> None:
     assert "one of the following is required: api_key, api_key_file" in run_module(openai_check, **given)["msg"]
     both = run_module(openai_check, **given, api_key="sk-1", api_key_file="/x")
     assert "mutually exclusive" in both["msg"]
+
+
+def test_what_an_embedder_and_a_reranker_offer(check: Callable[..., Any], server: OpenAiServer) -> None:
+    for task, name, words in (("embed", "embeddings", "8 dimensions"), ("score", "rerank", "scores 0.900, 0.800")):
+        server.task = task
+        result = check(task=task)
+        assert [one["name"] for one in result["checks"]] == ["health", "models", name, "wrong_key", "closed"]
+        assert {one["name"]: one["detail"] for one in result["checks"]}[name] == words
+        assert failing(check(task="generate")) == ["completion", "chat", "stream"]
+
+
+@pytest.mark.parametrize(
+    ("task", "path", "answer"),
+    [
+        ("embed", "/v1/embeddings", as_json({"data": [{"embedding": [0.5]}]})),
+        ("embed", "/v1/embeddings", as_json({"data": [{"embedding": [0.5]}, {"embedding": [0.5, 1]}]})),
+        ("embed", "/v1/embeddings", as_json({"data": [{"embedding": [0, 0]}, {"embedding": [0, 0]}]})),
+        ("embed", "/v1/embeddings", as_json({"data": [{}, {}]})),
+        ("score", "/v1/rerank", as_json({"results": [{"index": 0, "relevance_score": 0.5}]})),
+        (
+            "score",
+            "/v1/rerank",
+            as_json({"results": [{"index": 0, "relevance_score": 0.1}, {"index": 1, "relevance_score": 0.5}]}),
+        ),
+    ],
+)
+def test_broken_pooling(check: Callable[..., Any], server: OpenAiServer, task: str, path: str, answer: Answer) -> None:
+    server.task, server.overrides[("POST", path)] = task, answer
+    assert failing(check(task=task)) == ["embeddings" if task == "embed" else "rerank"]
+
+
+def test_a_model_without_a_chat_template(check: Callable[..., Any], server: OpenAiServer) -> None:
+    """A base model completes and does not chat; the words are vLLM's."""
+    words = "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat template"
+    server.overrides[CHAT] = as_json({"error": {"message": words, "code": 400}}, 400)
+    result = check()
+    assert result["answer"] == "amber anchor"
+    details = {one["name"]: one["detail"] for one in result["checks"]}
+    assert details["chat"] == details["stream"] == "not offered: the model has no chat template"

@@ -1,0 +1,347 @@
+#!/usr/bin/python
+# -*- coding: utf-8 -*-
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import absolute_import, division, print_function
+
+__metaclass__ = type
+
+DOCUMENTATION = r"""
+module: vllm_bench
+short_description: Measure an OpenAI endpoint with vLLM's own benchmark, at one number of clients
+version_added: 0.1.0
+description:
+  - Runs C(vllm bench serve) with random prompts of one length and returns its figures as one row.
+  - The benchmark comes from the environment that serves the model, so that nothing has to be installed. Releases from 0.8.5
+    on have it.
+options:
+  base_url:
+    description: The endpoint, up to and with C(/v1).
+    type: str
+    required: true
+  api_key_file:
+    description: A file on this host that holds the key. It reaches the benchmark through its environment.
+    type: path
+    required: true
+  model:
+    description: Name under which the model is served.
+    type: str
+    required: true
+  tokenizer:
+    description: Folder with the tokenizer. Left out, it is the folder that the server says it serves from.
+    type: str
+  command:
+    description:
+      - Python that holds vLLM, as the beginning of a command. In a container this is
+        C([docker, exec, --interactive, --env, OPENAI_API_KEY, NAME, python3]).
+    type: list
+    elements: str
+    required: true
+  task:
+    description: What the service does.
+    type: str
+    choices: [generate, embed, score]
+    default: generate
+  concurrency:
+    description: How many requests are open at once.
+    type: int
+    required: true
+  num_prompts:
+    description: How many requests are sent in all.
+    type: int
+    required: true
+  input_len:
+    description: Length of each prompt in tokens.
+    type: int
+    default: 512
+  output_len:
+    description: Length of each answer in tokens. Embedding and scoring have none.
+    type: int
+    default: 128
+  seed:
+    description: The same seed gives the same prompts.
+    type: int
+    default: 0
+  extra_args:
+    description: More arguments of C(vllm bench serve).
+    type: list
+    elements: str
+    default: []
+  gpus:
+    description: Indices of the GPUs whose use is averaged, as nvidia-smi counts them. Empty means all.
+    type: list
+    elements: int
+    default: []
+  timeout:
+    description: Seconds until the benchmark must have ended.
+    type: int
+    default: 1800
+author:
+  - baremetal.vllm maintainers (@baremetal-vllm)
+attributes:
+  check_mode:
+    description: Can run in check mode.
+    details: Sends nothing in check mode.
+    support: partial
+  diff_mode:
+    description: There is nothing to compare.
+    support: none
+  platform:
+    description: Target platforms.
+    platforms: posix
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: Measure with 50 clients
+  baremetal.vllm.vllm_bench:
+    base_url: http://127.0.0.1:8000/v1
+    api_key_file: /etc/vllm/chat/api_key
+    model: qwen2.5-7b
+    command: [/opt/vllm/venvs/cuda-0.25.1/bin/python]
+    concurrency: 50
+    num_prompts: 250
+  register: measured
+"""
+
+RETURN = r"""
+row:
+  description:
+    - C(concurrency), C(num_prompts), C(completed), C(duration_s), C(requests_per_s), C(output_tokens_per_s),
+      C(total_tokens_per_s), for each of C(ttft), C(tpot), C(itl) and C(e2el) the C(mean_..._ms), C(median_..._ms) and
+      C(p99_..._ms), and C(gpu_utilization_percent), null where there is no nvidia-smi.
+    - C(ttft) is the time to the first token, C(tpot) the time for each further one, C(itl) the time between two, and
+      C(e2el) the time of a whole request.
+  returned: success
+  type: dict
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from http.client import HTTPException
+from urllib.error import URLError
+from urllib.request import ProxyHandler, Request, build_opener
+
+from ansible.module_utils.basic import AnsibleModule
+
+MARK = "BAREMETAL_BENCH_RESULT "
+# Runs `vllm bench serve` and prints its result file, so that nothing has to be copied out of a container. Builds of other
+# names than vllm lack the metadata that vLLM's command line asks for first.
+LAUNCHER = (
+    """
+import glob, importlib.metadata as metadata, sys, tempfile
+installed = metadata.version
+def version(name):
+    try:
+        return installed(name)
+    except metadata.PackageNotFoundError:
+        if name != "vllm":
+            raise
+        import vllm
+        return vllm.__version__
+metadata.version = version
+from vllm.entrypoints.cli.main import main
+with tempfile.TemporaryDirectory() as folder:
+    sys.argv = ["vllm", "bench", "serve", *sys.argv[1:], "--save-result", "--result-dir", folder, "--result-filename", "r.json"]
+    main()
+    print("\\n%s" + open(folder + "/r.json").read().replace("\\n", " "), flush=True)
+"""
+    % MARK
+)
+ENVIRONMENT = {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+# Dataset and backend for each task; completions are both vLLM's default and the path with the least around the engine.
+TASKS = {
+    "generate": ["--dataset-name", "random", "--percentile-metrics", "ttft,tpot,itl,e2el", "--ignore-eos"],
+    "embed": ["--dataset-name", "random", "--backend", "openai-embeddings", "--endpoint", "/v1/embeddings"],
+    "score": ["--dataset-name", "random-rerank", "--backend", "vllm-rerank", "--endpoint", "/v1/rerank"],
+}
+METRICS = ("ttft", "tpot", "itl", "e2el")
+
+
+class Problem(Exception):
+    """Why nothing was measured, in one line."""
+
+
+def served_from(base_url, key, model):
+    """The folder that the server loaded the model from, by what it says itself."""
+    request = Request(base_url + "/models", headers={"Authorization": "Bearer " + key})
+    try:
+        answer = build_opener(ProxyHandler({})).open(request, timeout=30).read().decode("utf-8")
+        served = dict((entry["id"], entry.get("root")) for entry in json.loads(answer)["data"])
+    except (URLError, HTTPException, OSError, ValueError, KeyError, TypeError) as error:
+        raise Problem(
+            "%s/models does not answer (%s): bring the service up first" % (base_url, getattr(error, "reason", error))
+        )
+    if model not in served:
+        raise Problem("%s serves %s, not %s" % (base_url, ", ".join(sorted(served)) or "nothing", model))
+    return served[model] or model
+
+
+def arguments(params, tokenizer):
+    root = params["base_url"].rstrip("/")[: -len("/v1")]
+    words = list(TASKS[params["task"]])
+    words += ["--base-url", root, "--model", params["model"], "--served-model-name", params["model"]]
+    words += ["--tokenizer", tokenizer, "--seed", str(params["seed"])]
+    words += ["--num-prompts", str(params["num_prompts"]), "--max-concurrency", str(params["concurrency"])]
+    words += ["--random-input-len", str(params["input_len"])]
+    if params["task"] == "generate":
+        words += ["--random-output-len", str(params["output_len"])]
+    return words + ["--metric-percentiles", "99", "--disable-tqdm"] + params["extra_args"]
+
+
+class Utilization:
+    """Samples how busy the GPUs are, once a second, while a block runs."""
+
+    def __init__(self, gpus):
+        self.gpus, self.percent, self.process = gpus, None, None
+
+    def __enter__(self):
+        program = shutil.which("nvidia-smi")
+        if program:
+            query = [program, "--query-gpu=index,utilization.gpu", "--format=csv,noheader,nounits", "--loop=1"]
+            self.output = tempfile.TemporaryFile()
+            self.process = subprocess.Popen(query, stdout=self.output, stderr=subprocess.DEVNULL)
+        return self
+
+    def __exit__(self, *error):
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.output.seek(0)
+            lines = self.output.read().decode("ascii", "replace").splitlines()
+            self.output.close()
+            read = [match.groups() for match in (re.match(r"\s*(\d+),\s*(\d+)\s*$", line) for line in lines) if match]
+            busy = [int(percent) for index, percent in read if not self.gpus or int(index) in self.gpus]
+            self.percent = round(sum(busy) / float(len(busy)), 1) if busy else None
+
+
+def measure(command, environment, timeout):
+    """(exit status, output) of the benchmark. It is ended with all that it started when it takes too long."""
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        cwd=environment["HOME"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        output = process.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise Problem("the benchmark has not ended after %d s (bench_timeout): take fewer requests" % timeout)
+    return process.returncode, output.decode("utf-8", "replace")
+
+
+def why(output):
+    """The line that says what went wrong, of what the benchmark printed."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception)\b|.*: error: ", line)]
+    return (errors or lines or ["it printed nothing"])[-1][:400]
+
+
+def to_row(params, result, percent):
+    if result.get("completed") != params["num_prompts"]:
+        errors = [error.strip().splitlines()[-1] for error in result.get("errors") or [] if error and error.strip()]
+        raise Problem(
+            "only %s of %d requests were answered at concurrency %d%s: look into the server's log, or take fewer clients"
+            % (
+                result.get("completed"),
+                params["num_prompts"],
+                params["concurrency"],
+                " (%s)" % errors[0] if errors else "",
+            )
+        )
+    row = {
+        "concurrency": params["concurrency"],
+        "num_prompts": params["num_prompts"],
+        "completed": result["completed"],
+        "duration_s": round(result["duration"], 3),
+        "requests_per_s": round(result["request_throughput"], 3),
+        "output_tokens_per_s": round(result.get("output_throughput") or 0, 2),
+        "total_tokens_per_s": round(result.get("total_token_throughput") or 0, 2),
+        "gpu_utilization_percent": percent,
+    }
+    for metric in METRICS:
+        for kind in ("mean", "median", "p99"):
+            value = result.get("%s_%s_ms" % (kind, metric))
+            if value is not None:
+                row["%s_%s_ms" % (kind, metric)] = round(value, 2)
+    return row
+
+
+def run(module):
+    params = module.params
+    if not re.match(r"https?://[^/\s]+(/\S*)?/v1/?\Z", params["base_url"]):
+        raise Problem("base_url is %r: give the address up to and with /v1" % params["base_url"])
+    for name in ("concurrency", "num_prompts", "input_len", "output_len"):
+        if params[name] < 1:
+            raise Problem("%s is %d: give 1 or more" % (name, params[name]))
+    try:
+        with open(params["api_key_file"]) as handle:
+            key = handle.read().strip()
+    except (IOError, OSError) as error:
+        raise Problem("cannot read the API key from %s: %s" % (params["api_key_file"], error.strerror))
+    if not key:
+        raise Problem("%s is empty: it must hold the API key" % params["api_key_file"])
+    module.no_log_values.add(key)
+    tokenizer = params["tokenizer"] or served_from(params["base_url"].rstrip("/"), key, params["model"])
+    command = params["command"] + ["-c", LAUNCHER] + arguments(params, tokenizer)
+    home = tempfile.mkdtemp(dir=module.tmpdir)
+    environment = dict(os.environ, OPENAI_API_KEY=key, HOME=home, **ENVIRONMENT)
+    try:
+        with Utilization(params["gpus"]) as use:
+            status, output = measure(command, environment, params["timeout"])
+    except (IOError, OSError) as error:
+        raise Problem("cannot run %s: %s" % (params["command"][0], error.strerror))
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+    told = [line[len(MARK) :] for line in output.splitlines() if line.startswith(MARK)]
+    if status or not told:
+        raise Problem("vllm bench serve ended with status %d: %s" % (status, why(output)))
+    try:
+        return to_row(params, json.loads(told[-1]), use.percent)
+    except (ValueError, KeyError, TypeError) as error:
+        raise Problem(
+            "vllm bench serve wrote a result that is not understood (%r): give bench_python a newer vLLM" % error
+        )
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "base_url": {"type": "str", "required": True},
+            "api_key_file": {"type": "path", "required": True, "no_log": False},
+            "model": {"type": "str", "required": True},
+            "tokenizer": {"type": "str"},
+            "command": {"type": "list", "elements": "str", "required": True},
+            "task": {"type": "str", "choices": ["generate", "embed", "score"], "default": "generate"},
+            "concurrency": {"type": "int", "required": True},
+            "num_prompts": {"type": "int", "required": True},
+            "input_len": {"type": "int", "default": 512},
+            "output_len": {"type": "int", "default": 128},
+            "seed": {"type": "int", "default": 0},
+            "extra_args": {"type": "list", "elements": "str", "default": []},
+            "gpus": {"type": "list", "elements": "int", "default": []},
+            "timeout": {"type": "int", "default": 1800},
+        },
+        supports_check_mode=True,
+    )
+    if module.check_mode:
+        module.exit_json(changed=False, skipped=True, row={})
+    try:
+        module.exit_json(changed=False, row=run(module))
+    except Problem as problem:
+        module.fail_json(msg=str(problem))
+
+
+if __name__ == "__main__":
+    main()
