@@ -19,7 +19,8 @@ options:
   models:
     description:
       - The models, each with C(name) (of the entry), C(model), and optionally C(source) and C(revision).
-      - C(source) is V(huggingface) for C(owner/name) (the default), V(path) for an absolute path (the default for one) or
+      - C(source) is V(huggingface) for C(owner/name) (the default), V(modelscope), V(http) for the address of a folder
+        (C(https://), C(http://) or C(file://), the default for one), V(path) for an absolute path (the default for one) or
         V(generated) for what M(baremetal.vllm.random_model) makes. Other keys are not read.
     type: list
     elements: dict
@@ -29,12 +30,47 @@ options:
     type: path
     required: true
   endpoint:
-    description: Address of the hub or of a mirror.
+    description: Address of the Hugging Face hub or of a mirror.
     type: str
     default: https://huggingface.co
-  token:
-    description: Token for gated models.
+  modelscope_endpoint:
+    description: Address of ModelScope or of a mirror.
     type: str
+    default: https://www.modelscope.cn
+  token:
+    description: Token for gated models of O(endpoint).
+    type: str
+  modelscope_token:
+    description: Token for gated models of O(modelscope_endpoint).
+    type: str
+  include:
+    description: Shell patterns of the files that are wanted, matched against the whole path in the repository.
+    type: list
+    elements: str
+    default: ["*"]
+  exclude:
+    description: Shell patterns of files that are not wanted.
+    type: list
+    elements: str
+    default: []
+  duplicates:
+    description: Also have weights in other formats (C(*.bin), C(*.pt) and the like) where there are safetensors.
+    type: bool
+    default: false
+  update:
+    description: Ask the hub what the revision stands for, even if it is there already.
+    type: bool
+    default: false
+  repair:
+    description: A fetched model that was changed by hand is no problem, but not V(present).
+    type: bool
+    default: false
+  known:
+    description:
+      - What another host has read, RV(models) of this module. Taken instead of asking the hub, so that all hosts mean the
+        same commit and hosts without a way to the hub know what there is.
+    type: dict
+    default: {}
   timeout:
     description: Seconds for one request.
     type: int
@@ -71,8 +107,15 @@ models:
   type: dict
   contains:
     commit:
-      description: Commit that the revision stands for; empty for a local folder.
+      description: Commit that the revision stands for, or what stands for one; empty for a local folder.
       type: str
+    bytes:
+      description: Size of all files that are fetched.
+      type: int
+    files:
+      description: What is fetched, each with C(path), C(size) and, as far as the hub says so, C(sha256) or C(git) hash.
+      type: list
+      elements: dict
     config:
       description: The C(config.json), empty when there is a problem.
       type: dict
@@ -92,8 +135,14 @@ models:
       description: Branch, tag or commit as it was given.
       type: str
     source:
-      description: V(huggingface), V(path) or V(generated).
+      description: V(huggingface), V(modelscope), V(http), V(path) or V(generated).
       type: str
+    staged_bytes:
+      description: Bytes that an earlier run has brought already, of a model that is not V(present).
+      type: int
+    unreachable:
+      description: Whether the RV(models.problem) is that the hub cannot be asked from this host.
+      type: bool
     weights_bytes:
       description: Size of the weight files.
       type: int
@@ -102,34 +151,22 @@ models:
 import json
 import os
 import re
-from http.client import HTTPException
-from urllib.error import HTTPError, URLError
-from urllib.parse import quote, urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.baremetal.vllm.plugins.module_utils import random_llama
+from ansible_collections.baremetal.vllm.plugins.module_utils import hubs, model_store, random_llama
+from ansible_collections.baremetal.vllm.plugins.module_utils.hubs import Problem
 
-# Written by the role `model` next to the files once all of them are there.
-COMPLETE = ".baremetal-complete.json"
 # What a model is called, for each source.
-FORMS = {"huggingface": r"[A-Za-z0-9][\w.-]*/\w[\w.-]*\Z", "path": r"/", "generated": r"[\w-]+\Z"}
-
-
-class Problem(Exception):
-    """What is wrong with the model, in one line."""
-
-
-class Redirects(HTTPRedirectHandler):
-    """Follows redirects, but takes the token to no other server: a hub may send clients to somebody else's storage."""
-
-    def redirect_request(self, request, *arguments):
-        new = HTTPRedirectHandler.redirect_request(self, request, *arguments)
-        old_url, new_url = urlsplit(request.full_url), urlsplit(new.full_url)
-        if new_url.netloc != old_url.netloc or (old_url.scheme == "https" and new_url.scheme != "https"):
-            new.headers.pop("Authorization", None)
-        return new
+REPOSITORY = r"[A-Za-z0-9][\w.-]*/\w[\w.-]*\Z"
+FORMS = {
+    "generated": r"[\w-]+\Z",
+    "http": r"(https?://[^/\s]+|file://)/[^\s?#]*[^\s?#/]/?\Z",
+    "huggingface": REPOSITORY,
+    "modelscope": REPOSITORY,
+    "path": r"/",
+}
+BRANCH = {"huggingface": "main", "modelscope": "master"}
 
 
 def weight_size(sizes):
@@ -165,67 +202,76 @@ def from_folder(path):
     weights = weight_size(sizes)
     if weights == 0:
         raise Problem("%s has config.json and no weights (*.safetensors): finish the download of the model" % path)
-    return {"config": config, "weights_bytes": weights, "commit": "", "present": True}
+    return {"config": config, "weights_bytes": weights, "present": True}
 
 
-def get(url, params, model):
-    """Bytes of the answer."""
-    if not re.match(r"https?://[^/\s]", params["endpoint"]):
-        raise Problem("model_hub_endpoint is %r: give an address such as https://huggingface.co" % params["endpoint"])
-    headers = {"Authorization": "Bearer " + params["token"]} if params["token"] else {}
+def hub_settings(params, source):
+    """Endpoint, token and timeout for a source."""
+    prefix = "modelscope_" if source == "modelscope" else ""
+    token = None if source == "http" else params[prefix + "token"]
+    return {"endpoint": params[prefix + "endpoint"], "token": token, "timeout": params["timeout"]}
+
+
+def fetched(place, stamp, params):
+    """Facts about a model that a run has brought before."""
+    folder = place.final(stamp["commit"])
+    changed = model_store.differences(folder, stamp["files"])
+    facts = {"commit": stamp["commit"], "path": folder, "files": stamp["files"]}
+    if not changed:
+        return dict(from_folder(folder), present=place.links_to(stamp["commit"]), **facts)
+    if not params["repair"]:
+        raise Problem(
+            "%s is not as it was fetched (%s): give model_repair=true to have it right again, or move the folder away and "
+            "serve it as it is by giving its path as the model"
+            % (folder, "; ".join(changed[:3]) + ("; ..." if changed[3:] else ""))
+        )
     try:
-        return build_opener(Redirects).open(Request(url, headers=headers), timeout=params["timeout"]).read()
-    except HTTPError as error:
-        if error.code in (401, 403, 404):
-            # The hub says 401 for what does not exist, too, so as not to tell strangers what does.
+        config = from_folder(folder)["config"]
+    except Problem:
+        config = {}
+    return dict(facts, config=config, present=False)
+
+
+def from_hub(params, model, known):
+    place = model_store.Place(params["root"], model)
+    selected = hubs.selection(params["include"], params["exclude"], params["duplicates"])
+    stamp = None if params["update"] else place.current(selected)
+    settings = hub_settings(params, model["source"])
+    if stamp is None:
+        commit, files = (known["commit"], known["files"]) if known else hubs.Hub(model, settings).listing()
+        stamp = place.stamp(place.final(commit), selected)
+    if stamp is not None:
+        facts = fetched(place, stamp, params)
+        commit, files = stamp["commit"], stamp["files"]
+    else:
+        facts = {"present": False, "path": place.final(commit), "commit": commit}
+        facts["files"] = files = hubs.select(files, params["include"], params["exclude"], params["duplicates"])
+        sizes = dict((entry["path"], entry["size"]) for entry in files)
+        if "config.json" not in sizes:
+            raise Problem("model %s holds no config.json: vLLM cannot serve it" % model["model"])
+        if not all(isinstance(size, int) and size >= 0 for size in sizes.values()):
             raise Problem(
-                "model %s (revision %s) is not to be had from %s: HTTP %d. Check the name, and for a gated model accept "
-                "its licence there and give model_token"
-                % (model["model"], model["revision"], params["endpoint"], error.code)
+                "%s does not say how large each file of %s is: give another mirror"
+                % (settings["endpoint"], model["model"])
             )
-        raise Problem("%s answers HTTP %d: try again later, or give another model_hub_endpoint" % (url, error.code))
-    except (URLError, HTTPException, OSError, ValueError) as error:  # ValueError: a bad certificate on Python 3.6
-        raise Problem(
-            "cannot reach the hub %s for model %s (%s): give model_hub_endpoint of a mirror, or the path of a local folder"
-            % (params["endpoint"], model["model"], getattr(error, "reason", error))
-        )
-
-
-def from_hub(params, model):
-    stamp = complete(model)
-    if stamp:
-        return dict(from_folder(model["path"]), commit=stamp.get("commit", ""))
-    if os.path.lexists(model["path"]):
-        raise Problem(
-            "%s is there and is not revision %s of %s as this collection fetched it: move it away, or serve it as it is by "
-            "giving its path as the model" % (model["path"], model["revision"], model["model"])
-        )
-    endpoint, repo = params["endpoint"].rstrip("/"), quote(model["model"])
-    answer = get(
-        "%s/api/models/%s/revision/%s?blobs=true" % (endpoint, repo, quote(model["revision"], "")), params, model
-    )
-    try:
-        information = json.loads(answer.decode("utf-8"))
-        sizes = dict((entry["rfilename"], entry.get("size")) for entry in information["siblings"])
-        commit = information["sha"]
-    except (ValueError, KeyError, TypeError):
-        raise Problem("%s is no model hub: its answer has no list of files. Check model_hub_endpoint" % endpoint)
-    if "config.json" not in sizes:
-        raise Problem("model %s holds no config.json: vLLM cannot serve it" % model["model"])
-    where = "%s/%s/resolve/%s/config.json" % (endpoint, repo, commit)
-    config = parse_config(get(where, params, model), where)
-    return {"config": config, "weights_bytes": weight_size(sizes), "commit": commit, "present": False}
-
-
-def complete(model):
-    """The stamp of a folder that holds the wanted repository and revision, else None."""
-    try:
-        with open(os.path.join(model["path"], COMPLETE)) as handle:
-            stamp = json.load(handle)
-    except (IOError, OSError, ValueError):
-        return None
-    wanted = {"repo": model["model"], "revision": model["revision"]}
-    return stamp if isinstance(stamp, dict) and dict((key, stamp.get(key)) for key in wanted) == wanted else None
+        foreign = place.foreign(commit, selected)
+        if foreign:
+            raise Problem(
+                "%s is there and is not revision %s of %s as this collection fetched it: move it away, or serve it as it is "
+                "by giving its path as the model" % (foreign, model["revision"], model["model"])
+            )
+        model_store.check_writable(place.base)
+    if not facts.get("config"):
+        if known and known["config"]:
+            facts["config"] = known["config"]
+        else:
+            where = hubs.file_url(dict(model, commit=commit), settings["endpoint"], "config.json")
+            facts["config"] = parse_config(hubs.Hub(model, settings).get(where)[0], where)
+    facts["weights_bytes"] = weight_size(dict((entry["path"], entry["size"]) for entry in files))
+    facts["bytes"] = sum(entry["size"] for entry in files)
+    if not facts["present"] and stamp is None:
+        facts["staged_bytes"] = place.staged_bytes(commit)
+    return facts
 
 
 def from_generator(path):
@@ -236,24 +282,33 @@ def from_generator(path):
     return {"config": random_llama.CONFIG, "weights_bytes": random_llama.weights_bytes(), "present": present}
 
 
+def default_source(name):
+    if name.startswith("/"):
+        return "path"
+    return "http" if re.match(r"(https?|file)://", name) else "huggingface"
+
+
 def describe(entry, params):
     """Facts about one entry of `models`."""
     name = entry.get("model")
     result = {"model": name, "revision": str(entry.get("revision") or "main"), "path": "", "problem": ""}
-    result.update(config={}, weights_bytes=0, commit="", present=False)
+    result.update(
+        config={}, weights_bytes=0, commit="", present=False, files=[], bytes=0, staged_bytes=0, unreachable=False
+    )
     try:
         if not isinstance(name, str) or not name:
             raise Problem("service %s has no model: give owner/name or the path of a folder" % entry.get("name"))
-        source = entry.get("source") or ("path" if name.startswith("/") else "huggingface")
+        source = entry.get("source") or default_source(name)
         result["source"] = source
         if source not in list(FORMS):
             raise Problem(
                 "source %s of model %s is not known: give one of %s" % (source, name, ", ".join(sorted(FORMS)))
             )
+        result["revision"] = str(entry.get("revision") or BRANCH.get(source, "main"))
         if not re.match(FORMS[source], name):
             raise Problem(
-                "model %s is no name for source %s: give owner/name for huggingface, an absolute path for path, and letters, "
-                "digits, - and _ for generated" % (name, source)
+                "model %s is no name for source %s: give owner/name for huggingface and modelscope, the address of a folder "
+                "for http, an absolute path for path, and letters, digits, - and _ for generated" % (name, source)
             )
         result["path"] = name if source == "path" else os.path.join(params["root"], name)
         if source == "path":
@@ -261,9 +316,10 @@ def describe(entry, params):
         elif source == "generated":
             result.update(from_generator(result["path"]))
         else:
-            result.update(from_hub(params, result))
+            result.update(from_hub(params, result, (params["known"] or {}).get(str(entry.get("name")))))
     except Problem as problem:
         result["problem"] = " ".join(str(problem).split())
+        result["unreachable"] = problem.unreachable
     return result
 
 
@@ -273,7 +329,15 @@ def main():
             "models": {"type": "list", "elements": "dict", "required": True},
             "root": {"type": "path", "required": True},
             "endpoint": {"type": "str", "default": "https://huggingface.co"},
+            "modelscope_endpoint": {"type": "str", "default": "https://www.modelscope.cn"},
             "token": {"type": "str", "no_log": True},
+            "modelscope_token": {"type": "str", "no_log": True},
+            "include": {"type": "list", "elements": "str", "default": ["*"]},
+            "exclude": {"type": "list", "elements": "str", "default": []},
+            "duplicates": {"type": "bool", "default": False},
+            "update": {"type": "bool", "default": False},
+            "repair": {"type": "bool", "default": False},
+            "known": {"type": "dict", "default": {}},
             "timeout": {"type": "int", "default": 20},
         },
         supports_check_mode=True,

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Stands in for the Hugging Face Hub: serves folders as repositories, and fails in the ways that hubs do.
 
+The same repositories are there by ModelScope's API, with the paths, answers and headers that modelscope-hub 0.5 asks for and
+reads (`_legacy_api.py`, `_download.py`): both hubs may hold the same names, and no path of one is a path of the other.
+
     with Hub() as hub:
         commit = hub.add("owner/name", folder)              # of the branch main
         hub.faults.append(Fault("model.safetensors", cut_at=1000, times=1))
@@ -15,12 +18,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from .server import Answer, Handler, Server
+from .server import Answer, Handler, Link, Server
 
 LFS = (".safetensors", ".bin", ".pt", ".gguf")
 
@@ -35,6 +40,7 @@ class Fault:
     cut_at: int | None = None  # byte of the answer's body
     stall_at: int | None = None
     hang_up: bool = False
+    corrupt_at: int | None = None  # one bit of this byte of the answer's body is another
     times: int | None = None  # how many requests it meets; None: all
     method: str = "GET"
 
@@ -44,11 +50,11 @@ class File:
     data: bytes
     lfs: bool
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self.data).hexdigest()
 
-    @property
+    @cached_property
     def blob_id(self) -> str:
         return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
 
@@ -87,8 +93,13 @@ def _ranged(file: File, wanted: str | None, headers: dict[str, str]) -> Answer:
 
 
 class Hub(Server):
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, port: int = 0, host: str = "127.0.0.1") -> None:
+        super().__init__(port, host)
+        self.link: Link | None = None  # what all answers go through
+        self.lock = threading.Lock()
+        self.xet = (
+            False  # whether weights are told to be in Xet storage, as most are today; it serves them by HTTP, too
+        )
         self.repositories: dict[str, Repository] = {}
         self.faults: list[Fault] = []
 
@@ -112,18 +123,26 @@ class Hub(Server):
     def respond(self, request: Handler) -> Answer:
         url = urlsplit(request.path)
         answer = self._answer(url.path, parse_qs(url.query), request)
+        if self.link is not None and answer.status in (200, 206):
+            answer.pace = self.link
         for fault in self.faults:
             if fault.times != 0 and fault.method == request.command and re.search(fault.path, unquote(url.path)):
                 if fault.times is not None:
                     fault.times -= 1
                 if fault.status:
                     return Answer(fault.status, b"{}", fault.headers)
+                if fault.corrupt_at is not None and len(answer.body) > fault.corrupt_at:
+                    body = bytearray(answer.body)
+                    body[fault.corrupt_at] ^= 1
+                    answer.body = bytes(body)
                 answer.cut_at, answer.stall_at, answer.hang_up = fault.cut_at, fault.stall_at, fault.hang_up
         return answer
 
     def _answer(self, path: str, query: dict[str, list[str]], request: Handler) -> Answer:
         if match := re.fullmatch(r"/cdn/([0-9a-f]{64})", path):
             return self._cdn(match[1], request)
+        if match := re.fullmatch(r"/api/v1/models/([^/]+/[^/]+)/(repo|repo/files|revisions)", path):
+            return self._modelscope(match[1], match[2], {name: values[0] for name, values in query.items()}, request)
         forms = {
             r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?": self._model,
             r"/api/models/([^/]+/[^/]+)/tree/([^/]+)": self._tree,
@@ -183,6 +202,9 @@ class Hub(Server):
         if not file.lfs:
             return _ranged(file, request.headers.get("Range"), headers)
         linked = {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.data))}
+        if self.xet:
+            linked["X-Xet-Hash"] = file.sha256
+            linked["Link"] = f'<{self.url}/api/models/{name}/xet-read-token/{commit}>; rel="xet-auth"'
         # Another host name of the same server: clients do not take their token there.
         location = f"{self.url.replace('127.0.0.1', 'localhost')}/cdn/{file.sha256}"
         return Answer(302, b"", {**headers, **linked, "Location": location})
@@ -194,3 +216,48 @@ class Hub(Server):
             return Answer(403)
         headers = {"ETag": f'"{digest}"', "Accept-Ranges": "bytes"}
         return _ranged(file, request.headers.get("Range"), headers)
+
+    # ---- ModelScope ----
+
+    def _modelscope(self, name: str, what: str, query: dict[str, str], request: Handler) -> Answer:
+        repository = self.repositories.get(name)
+        # Both forms of the token are sent, and either is enough.
+        token = repository.token if repository else None
+        cookie, bearer = request.headers.get("Cookie") or "", request.headers.get("Authorization") or ""
+        allowed = token is None or f"m_session_id={token}" in cookie or bearer == f"Bearer {token}"
+        if repository is None or not allowed:
+            return _refuse(404 if allowed else 403, 10010205001, "Model not found or access denied")
+        if what == "revisions":
+            names = [key for key in repository.revisions if key not in repository.commits]
+            branches = [{"Revision": key, "CreatedAt": 0} for key in names]
+            return _data({"RevisionMap": {"Branches": branches, "Tags": []}})
+        revision = query.get("Revision", "master")
+        if revision == "master" and "master" not in repository.revisions:
+            revision = "main"  # the name that `add` gives if it is given none
+        if revision not in repository.revisions:
+            return _refuse(404, 10010205003, f"revision {revision} not found")
+        commit, files = self._files(name, revision)
+        if what == "repo":
+            file = files.get(query.get("FilePath", ""))
+            if file is None:
+                return _refuse(404, 10010205004, "file not found")
+            headers = {"ETag": f'"{file.sha256}"', "Accept-Ranges": "bytes", "X-Linked-ETag": f'"{file.sha256}"'}
+            return _ranged(file, request.headers.get("Range"), headers)
+        folders = {str(parent) for path in files for parent in Path(path).parents if str(parent) != "."}
+        entries: list[dict[str, Any]] = [
+            {"Path": path, "Name": Path(path).name, "Type": "tree", "Size": 0, "Sha256": "", "Revision": commit}
+            for path in sorted(folders)
+        ]
+        for path, file in files.items():
+            facts = {"Path": path, "Name": Path(path).name, "Type": "blob", "Size": len(file.data), "IsLFS": file.lfs}
+            entries.append({**facts, "Sha256": file.sha256, "Revision": commit})
+        return _data({"Files": entries})
+
+
+def _data(value: Any) -> Answer:
+    return _json({"Code": 200, "Data": value, "Message": "success", "RequestId": "stand-in", "Success": True})
+
+
+def _refuse(status: int, code: int, message: str) -> Answer:
+    body = {"Code": code, "Data": None, "Message": message, "RequestId": "stand-in", "Success": False}
+    return Answer(status, json.dumps(body).encode(), {"Content-Type": "application/json"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -19,7 +20,22 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     cut_at: int | None = None  # sends so many bytes of the body, then closes the connection
     stall_at: int | None = None  # sends so many bytes of the body, then nothing more, and keeps the connection
+    pace: Link | None = None  # what the body goes through
     hang_up: bool = False  # closes the connection instead of answering
+
+
+class Link:
+    """A line of so many bytes a second, which all answers share."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self.bytes_per_s, self.free_at, self.lock = bytes_per_s, time.monotonic(), threading.Lock()
+
+    def wait(self, count: int) -> None:
+        """Until so many bytes have gone."""
+        with self.lock:
+            self.free_at = max(self.free_at, time.monotonic()) + count / self.bytes_per_s
+            until = self.free_at
+        time.sleep(max(0.0, until - time.monotonic()))
 
 
 class Server(ThreadingHTTPServer):
@@ -28,8 +44,9 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, port: int = 0, host: str = "127.0.0.1") -> None:
+        super().__init__((host, port), Handler)
+        self.sent_bytes = 0  # of bodies of answers to GET
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.closing = threading.Event()
 
@@ -73,7 +90,13 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         until = next((limit for limit in (answer.cut_at, answer.stall_at) if limit is not None), None)
-        self.wfile.write(answer.body[:until])
+        body = memoryview(answer.body)[:until]
+        for start in range(0, len(body), 65536):
+            piece = body[start : start + 65536]
+            if answer.pace:
+                answer.pace.wait(len(piece))
+            self.wfile.write(piece)
+            self.server.sent_bytes += len(piece)
         self.wfile.flush()
         if answer.stall_at is not None:
             self.server.closing.wait()

@@ -20,6 +20,9 @@ from pathlib import Path
 import openai
 import pytest
 
+from ansible_collections.baremetal.vllm.plugins.module_utils import random_llama
+from ansible_collections.baremetal.vllm.tests.fakes.hub import Fault, Hub
+
 ROOT = Path(__file__).resolve().parents[2]
 PORT = 18000
 KEY_OF_A_USER = "sk-of-the-user-0123456789abcdef"
@@ -317,6 +320,29 @@ def test_key_is_nowhere_but_in_its_file(checkout: Checkout) -> None:
         if path.is_file() and "venvs" not in path.parts and key.encode() in path.read_bytes()
     ]  # fmt: skip
     assert holders == [Path(checkout.endpoint["api_key_file"])]
+
+
+def test_model_of_a_hub(checkout: Checkout, tmp_path: Path) -> None:
+    """`make quickstart MODEL=owner/name`: a whole model by way of a stand-in for the hub that breaks off once, served."""
+    random_llama.write(str(tmp_path / "tiny"), seed=1)
+    (tmp_path / "tiny" / random_llama.MANIFEST).unlink()
+    with Hub() as hub:
+        commit = hub.add("acme/tiny-llama", tmp_path / "tiny")
+        hub.faults.append(Fault("/cdn/", cut_at=1_000_000, times=1))
+        command = ["make", "quickstart", f"PORT={PORT}", "MODEL=acme/tiny-llama"]
+        output = succeed(command, checkout.path, HF_ENDPOINT=hub.url)
+        assert re.search(r"answer     \w+( \w+)+", output)
+        asked = len(hub.requests)
+        assert changed(succeed(command, checkout.path, HF_ENDPOINT=hub.url)) == 0
+        assert len(hub.requests) == asked, "a second run asks the hub nothing"
+    model = checkout.endpoint["model"]
+    assert [entry.id for entry in checkout.client().models.list()] == [model] == ["acme/tiny-llama"]
+    messages = [{"role": "user", "content": "What is a lantern?"}]
+    chat = checkout.client().chat.completions.create(model=model, messages=messages, max_tokens=4, temperature=0)
+    assert chat.choices[0].message.content
+    weights = next((checkout.data / "models").glob("acme/tiny-llama/**/model.safetensors"))
+    assert weights.read_bytes() == (tmp_path / "tiny/model.safetensors").read_bytes()
+    assert any(commit in path for path in hub.paths()), "the files of the commit, not of the branch"
 
 
 def test_down_stops_everything_and_keeps_the_model(checkout: Checkout) -> None:

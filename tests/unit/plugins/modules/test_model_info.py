@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from ansible_collections.baremetal.vllm.plugins.module_utils import random_llama
+from ansible_collections.baremetal.vllm.plugins.module_utils import hubs, model_store, random_llama
 from ansible_collections.baremetal.vllm.plugins.modules import model_info
 from ansible_collections.baremetal.vllm.tests.fakes.hub import Fault, Hub
 from ansible_collections.baremetal.vllm.tests.fakes.openai_server import OpenAiServer
@@ -53,8 +54,18 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 def read(run_module: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """read(model, ..., endpoint=) -> the facts about one model."""
 
-    def read(model: Any = REPO, endpoint: str = "http://127.0.0.1:9", token: str | None = None, **entry: Any) -> Any:
-        params = {"models": [{"name": "chat", "model": model, **entry}], "root": str(tmp_path / "models")}
+    def read(
+        model: Any = REPO,
+        endpoint: str = "http://127.0.0.1:9",
+        token: str | None = None,
+        settings: Any = None,
+        **entry: Any,
+    ) -> Any:
+        params = {
+            "models": [{"name": "chat", "model": model, **entry}],
+            "root": str(tmp_path / "models"),
+            **(settings or {}),
+        }
         result = run_module(model_info, **params, endpoint=endpoint, token=token, timeout=2)
         assert result["changed"] is False
         facts = result["models"]["chat"]
@@ -65,25 +76,58 @@ def read(run_module: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[
     return read
 
 
-def fetched(tmp_path: Path, stamp: Any, **config: Any) -> Path:
-    """A folder as the role model leaves it."""
-    text = stamp if isinstance(stamp, str) else json.dumps(stamp)
-    return write(tmp_path / "models" / REPO, {**model_files(**config), ".baremetal-complete.json": text})
+COMMIT = "c" * 40
+
+
+def fetched(tmp_path: Path, stamp: Any = None, revision: str = "main", **config: Any) -> Path:
+    """A folder as the role model leaves it, but for the stamp where one is given."""
+    folder = write(tmp_path / "models" / REPO / COMMIT, model_files(**config))
+    place = model_store.Place(str(tmp_path / "models"), {"model": REPO, "source": "huggingface", "revision": revision})
+    files = [
+        {"path": str(path.relative_to(folder)), "size": path.stat().st_size, "sha256": "0" * 64}
+        for path in folder.rglob("*")
+        if path.is_file()
+    ]
+    model_store.finish(str(folder), place, COMMIT, hubs.selection(["*"], [], False), files)
+    model_store.flip(place, COMMIT)
+    if stamp is not None:
+        (folder / model_store.STAMP).write_text(stamp if isinstance(stamp, str) else json.dumps(stamp))
+    return folder
 
 
 def test_a_model_of_the_hub(hub: Hub, read: Callable[..., Any], tmp_path: Path) -> None:
-    assert read(endpoint=hub.url) == {
-        "commit": hub.repositories[REPO].revisions["main"],
+    facts = read(endpoint=hub.url)
+    commit = hub.repositories[REPO].revisions["main"]
+    files = {entry["path"]: entry for entry in facts.pop("files")}
+    assert facts == {
+        "bytes": sum(entry["size"] for entry in files.values()),
+        "commit": commit,
         "config": CONFIG,
         "model": REPO,
-        "path": f"{tmp_path}/models/{REPO}",
+        "path": f"{tmp_path}/models/{REPO}/{commit}",
         "present": False,
         "problem": "",
         "revision": "main",
         "source": "huggingface",
+        "staged_bytes": 0,
+        "unreachable": False,
         "weights_bytes": 3500,  # safetensors of the top folder; vLLM reads neither the .bin nor original/
     }
+    assert "pytorch_model.bin" not in files, "the same weights once more"
+    assert files["model-00002-of-00002.safetensors"]["sha256"] == hashlib.sha256(b"b" * 500).hexdigest()
+    assert files["tokenizer.json"]["git"] == hashlib.sha1(b"blob 2\0{}").hexdigest()
     assert not (tmp_path / "models").exists()
+
+
+def test_what_is_left_at_the_hub(hub: Hub, read: Callable[..., Any]) -> None:
+    def paths(**settings: Any) -> set[str]:
+        return {entry["path"] for entry in read(endpoint=hub.url, settings=settings)["files"]}
+
+    everything = set(model_files())
+    assert paths() == everything - {"pytorch_model.bin"}
+    assert paths(duplicates=True) == everything
+    assert paths(exclude=["original/*"]) == everything - {"pytorch_model.bin", "original/consolidated.safetensors"}
+    assert paths(include=["config.json", "tok*"]) == {"config.json", "tokenizer.json"}
 
 
 def test_a_revision_becomes_a_commit(hub: Hub, read: Callable[..., Any], tmp_path: Path) -> None:
@@ -104,27 +148,66 @@ def test_weights_without_safetensors(hub: Hub, read: Callable[..., Any], tmp_pat
 
 
 def test_a_complete_folder_needs_no_hub(read: Callable[..., Any], tmp_path: Path) -> None:
-    fetched(tmp_path, {"repo": REPO, "revision": "main", "commit": "abc"})
+    path = fetched(tmp_path)
     facts = read()
-    assert (facts["present"], facts["commit"], facts["weights_bytes"], facts["config"]) == (True, "abc", 3500, CONFIG)
+    assert (facts["present"], facts["commit"], facts["weights_bytes"], facts["config"]) == (True, COMMIT, 3500, CONFIG)
+    assert facts["path"] == str(path)
+    assert read(revision=COMMIT)["present"] is True, "a revision may be the commit"
 
 
-@pytest.mark.parametrize(
-    "stamp",
-    [
-        {"repo": REPO, "revision": "v2", "commit": "abc"},
-        {"repo": "owner/another", "revision": "main", "commit": "abc"},
-        "{",
-        "[]",
-        "null",
-    ],
-)
-def test_a_folder_of_something_else_is_kept(hub: Hub, read: Callable[..., Any], tmp_path: Path, stamp: Any) -> None:
-    path = fetched(tmp_path, stamp)
+def test_a_branch_that_has_moved_on(hub: Hub, read: Callable[..., Any], tmp_path: Path) -> None:
+    fetched(tmp_path)
+    assert read(endpoint=hub.url)["commit"] == COMMIT, "what is there stays"
+    facts = read(endpoint=hub.url, settings={"update": True})
+    assert (facts["present"], facts["commit"]) == (False, hub.repositories[REPO].revisions["main"])
+
+
+def test_a_folder_that_was_changed_by_hand(read: Callable[..., Any], tmp_path: Path) -> None:
+    path = fetched(tmp_path)
+    (path / "tokenizer.json").write_text("{ }")
+    (path / "model-00001-of-00002.safetensors").unlink()
+    said = read()["problem"]
+    assert said.startswith(f"{path} is not as it was fetched (")
+    assert "tokenizer.json has 3 bytes and not 2" in said
+    assert "model-00001-of-00002.safetensors: No such file or directory" in said
+    assert "give model_repair=true to have it right again" in said
+    facts = read(settings={"repair": True})
+    assert (facts["problem"], facts["present"], facts["config"]) == ("", False, CONFIG)
+
+
+def test_another_selection_is_another_model(hub: Hub, read: Callable[..., Any], tmp_path: Path) -> None:
+    fetched(tmp_path)
+    assert read(endpoint=hub.url, settings={"exclude": ["tok*"]})["present"] is False
+
+
+def test_what_another_host_knows(read: Callable[..., Any], run_module: Callable[..., Any], tmp_path: Path) -> None:
+    files = [{"path": "config.json", "size": 2, "sha256": "", "git": ""}]
+    known = {"chat": {"commit": COMMIT, "files": files, "config": CONFIG}}
+    facts = read(settings={"known": known})
+    assert (facts["commit"], facts["config"], facts["files"], facts["present"]) == (COMMIT, CONFIG, files, False)
+
+
+def test_a_read_only_target(hub: Hub, read: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_store.os, "access", lambda path, mode: False)  # root may write everywhere
+    assert (
+        "cannot be written (no permission): mount it writable, or set model_root" in read(endpoint=hub.url)["problem"]
+    )
+
+
+@pytest.mark.parametrize("stamp", ["", "own"])
+def test_a_folder_of_something_else_is_kept(hub: Hub, read: Callable[..., Any], tmp_path: Path, stamp: str) -> None:
+    path = write(tmp_path / "models" / REPO, model_files())
+    (path / model_store.STAMP).write_text(stamp)
     assert read(endpoint=hub.url)["problem"] == (
         f"{path} is there and is not revision main of {REPO} as this collection fetched it: move it away, or serve it "
         "as it is by giving its path as the model"
     )
+
+
+@pytest.mark.parametrize("stamp", ["{", "[]", "null", {"format": 0}])
+def test_a_stamp_that_is_none(read: Callable[..., Any], tmp_path: Path, stamp: Any) -> None:
+    fetched(tmp_path, stamp)
+    assert "cannot reach the hub" in read()["problem"]
 
 
 @pytest.mark.parametrize(("model", "revision"), [("owner/nobody-has-this", "main"), (REPO, "v9")])
@@ -312,8 +395,8 @@ def test_a_generated_model(read: Callable[..., Any], tmp_path: Path, monkeypatch
         ({"model": "a/b", "source": "generated"}, "model a/b is no name for source generated"),
         ({"model": "..", "source": "generated"}, "model .. is no name for source generated"),
         (
-            {"model": "a/b", "source": "modelscope"},
-            "source modelscope of model a/b is not known: give one of generated, ",
+            {"model": "a/b", "source": "s3"},
+            "source s3 of model a/b is not known: give one of generated, ",
         ),
         ({"model": "a/b", "source": ["path"]}, "of model a/b is not known"),
     ],
