@@ -61,6 +61,7 @@ class ActionModule(ActionBase):
             result = self._poll(task_vars)
         if not result.get("failed") and result.get("changed"):
             result["msg"] = self._summary(result["progress"], time.monotonic() - started)
+            Display().display(f"{name}: {result['msg']}")
         return result
 
     def _poll(self, task_vars: dict[str, Any]) -> dict[str, Any]:

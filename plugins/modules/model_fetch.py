@@ -57,6 +57,10 @@ options:
   client_python:
     description: Interpreter of an environment that holds the official client. Without one, files are fetched by this module.
     type: path
+  client_required:
+    description: Give up, rather than go on without the official client, when that fails again and again.
+    type: bool
+    default: false
   jobs:
     description: How many files come at once.
     type: int
@@ -218,6 +222,7 @@ def start(module, place, status_path):
     job = dict(
         (name, params[name]) for name in ("root", "endpoint", "token", "client_python", "jobs", "timeout", "verify")
     )
+    job.update(client_required=params["client_required"])
     job.update(model=model, repair=params["repair"], keep_revisions=params["keep_revisions"], in_use=params["in_use"])
     job.update(reserve_bytes=params["reserve_mib"] * model_transfer.MIB, peers=params["peers"] or {}, backoff=0.5)
     job["selected"] = hubs.selection(params["include"], params["exclude"], params["duplicates"])
@@ -267,6 +272,7 @@ def main():
             "exclude": {"type": "list", "elements": "str", "default": []},
             "duplicates": {"type": "bool", "default": False},
             "client_python": {"type": "path"},
+            "client_required": {"type": "bool", "default": False},
             "jobs": {"type": "int", "default": 4},
             "timeout": {"type": "int", "default": 30},
             "reserve_mib": {"type": "int", "default": 2048},
