@@ -123,7 +123,7 @@ def plan_inputs(
         info = next((reading for reading in readings if not reading["problem"]), None)
         if info is None:
             continue
-        name = info["model"].rstrip("/").rsplit("/", 1)[-1] if info["source"] == "path" else info["model"]
+        name = info["model"].rstrip("/").rsplit("/", 1)[-1] if info["source"] in ("path", "http") else info["model"]
         read = {"config": info["config"], "model_path": info["path"], "served_model_name": name, "runtime": runtime}
         if info["weights_bytes"]:
             read["weights_gib"] = info["weights_bytes"] / BYTES_PER_GIB

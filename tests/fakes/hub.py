@@ -32,7 +32,10 @@ LFS = (".safetensors", ".bin", ".pt", ".gguf")
 
 @dataclass
 class Fault:
-    """What goes wrong with requests whose path (without the query) `path`, a regular expression, is found in."""
+    """What goes wrong with requests whose path `path`, a regular expression, is found in.
+
+    Of the query, only ModelScope's name of a file counts: .../repo?FilePath=x is looked at as .../repo/x.
+    """
 
     path: str
     status: int = 0
@@ -122,11 +125,13 @@ class Hub(Server):
 
     def respond(self, request: Handler) -> Answer:
         url = urlsplit(request.path)
-        answer = self._answer(url.path, parse_qs(url.query), request)
+        query = parse_qs(url.query)
+        answer = self._answer(url.path, query, request)
+        path = "/".join([unquote(url.path), *query.get("FilePath", [])])
         if self.link is not None and answer.status in (200, 206):
             answer.pace = self.link
         for fault in self.faults:
-            if fault.times != 0 and fault.method == request.command and re.search(fault.path, unquote(url.path)):
+            if fault.times != 0 and fault.method == request.command and re.search(fault.path, path):
                 if fault.times is not None:
                     fault.times -= 1
                 if fault.status:

@@ -95,8 +95,8 @@ class Handler(BaseHTTPRequestHandler):
             piece = body[start : start + 65536]
             if answer.pace:
                 answer.pace.wait(len(piece))
-            self.wfile.write(piece)
             self.server.sent_bytes += len(piece)
+            self.wfile.write(piece)
         self.wfile.flush()
         if answer.stall_at is not None:
             self.server.closing.wait()

@@ -1,0 +1,476 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Models come whole or not at all: against stand-ins for hubs that fail as hubs do."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import model_jobs
+import pytest
+
+from ansible_collections.baremetal.vllm.plugins.filter.peer_certificate import peer_certificate
+from ansible_collections.baremetal.vllm.plugins.module_utils import hubs, model_store, model_transfer
+from ansible_collections.baremetal.vllm.plugins.module_utils.hubs import Problem
+from ansible_collections.baremetal.vllm.plugins.module_utils.model_transfer import Failed
+from ansible_collections.baremetal.vllm.tests.fakes.hub import Fault, Hub, Link
+
+REPO = "owner/tiny-1.0"
+BIG = "model-00001-of-00002.safetensors"
+SIZE = 3_000_000
+SOURCES = ["huggingface", "modelscope"]
+
+
+def write(folder: Path, seed: int = 0) -> Path:
+    generator = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "seed": seed}))
+    (folder / BIG).write_bytes(generator.randbytes(SIZE))
+    (folder / "model-00002-of-00002.safetensors").write_bytes(random.Random(7).randbytes(500_000))
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / "extra").mkdir(exist_ok=True)
+    (folder / "extra/notes with space.txt").write_text("a" * 10)
+    return folder
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether the first folder has the files of the second, and beside them only what the collection writes."""
+    own = {model_store.STAMP, hubs.MANIFEST}
+    names = [{str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} for folder in (one, other)]
+    return names[0] - own == names[1] and all(
+        (one / name).read_bytes() == (other / name).read_bytes() for name in names[1]
+    )
+
+
+@pytest.fixture
+def origin(tmp_path: Path) -> Path:
+    return write(tmp_path / "origin")
+
+
+@pytest.fixture
+def hub(origin: Path) -> Iterator[Hub]:
+    with Hub() as hub:
+        hub.add(REPO, origin)
+        yield hub
+
+
+@pytest.fixture(params=SOURCES)
+def job(request: pytest.FixtureRequest, hub: Hub, tmp_path: Path) -> Any:
+    model = model_jobs.read_model(REPO, hub.url, request.param)
+    hub.requests.clear()
+    return model_jobs.make_job(model, tmp_path / "models", hub.url)
+
+
+def final(job: Any) -> Path:
+    return Path(model_jobs.place_of(job).final(job["model"]["commit"]))
+
+
+def at(job: Any) -> str:
+    """Where the big file's bytes come from."""
+    digest = next(entry["sha256"] for entry in job["model"]["files"] if entry["path"] == BIG)
+    return f"/cdn/{digest}" if job["model"]["source"] == "huggingface" else f"/repo/{BIG}"
+
+
+def asked(hub: Hub) -> list[str]:
+    """Where each request for the big file began."""
+    return [
+        headers.get("Range", "")
+        for method, path, headers in hub.requests
+        if method == "GET" and (BIG in path or "/cdn/" in path) and headers.get("Range", "").endswith(f"-{SIZE - 1}")
+    ]
+
+
+def test_a_model(job: Any, hub: Hub, origin: Path) -> None:
+    changed, status = model_jobs.run(job)
+    assert changed
+    assert same(final(job), origin)
+    link = Path(model_jobs.place_of(job).link)
+    assert link.name == {"huggingface": "main", "modelscope": "modelscope-master"}[job["model"]["source"]]
+    assert link.resolve() == final(job)
+    assert status["done_bytes"] == status["total_bytes"] == status["hub_bytes"]
+    subprocess.run(["sha256sum", "--quiet", "-c", hubs.MANIFEST], cwd=final(job), check=True)
+    assert not Path(model_jobs.place_of(job).staging(job["model"]["commit"])).exists()
+    requests = len(hub.requests)
+    assert model_jobs.run(job)[0] is False
+    assert len(hub.requests) == requests
+
+
+FAULTS = {
+    "cut": Fault("", cut_at=1_000_000, times=1),
+    "cut soon": Fault("", cut_at=0, times=3),
+    "stall": Fault("", stall_at=1_000_000, times=1),
+    "hang up": Fault("", hang_up=True, times=2),
+    "one bit": Fault("", corrupt_at=12345, times=1),
+    "429": Fault("", status=429, headers={"Retry-After": "1"}, times=1),
+    "503": Fault("", status=503, times=3),
+    "401 once": Fault("", status=401, times=1),
+    "403 twice": Fault("", status=403, times=2),
+    "404 once": Fault("", status=404, times=1),
+    "416": Fault("", status=416, times=1),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_hub_in_trouble_for_a_while(job: Any, hub: Hub, origin: Path, name: str) -> None:
+    fault = FAULTS[name]
+    path = at(job)
+    hub.faults.append(Fault(**{**vars(fault), "path": path}))
+    changed, status = model_jobs.run(job)
+    assert changed and same(final(job), origin)
+    assert status["discarded_bytes"] == (SIZE if name == "one bit" else 0) or name in ("one bit", "416")
+    if name == "cut":
+        offsets = [int(text.split("=")[1].split("-")[0]) for text in asked(hub)]
+        assert max(offsets) > 0, "what had come was asked for again"
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (Fault("", status=403), "is not to be had: HTTP 403 from .* accept its licence at the hub and give the token"),
+        (Fault("", status=404), "is not to be had: HTTP 404"),
+        (Fault("", status=503), "gave up .* after 8 tries without a byte: HTTP 503 .* is kept: run again to go on"),
+        (Fault("", corrupt_at=5), "came 3 times with sha256 .*: the hub sends other bytes than it lists"),
+        (Fault("", hang_up=True), "gave up"),
+    ],
+)
+def test_a_hub_that_does_not_come_back(job: Any, hub: Hub, fault: Fault, said: str) -> None:
+    path = at(job)
+    hub.faults.append(Fault(**{**vars(fault), "path": path}))
+    with pytest.raises(Failed, match=said):
+        model_jobs.run({**job, "backoff": 0.001})
+    assert not final(job).exists()
+    assert not os.path.lexists(model_jobs.place_of(job).link)
+
+
+def test_a_killed_run_is_taken_up_within_a_file(job: Any, hub: Hub, origin: Path) -> None:
+    hub.faults.append(Fault(at(job), stall_at=2_000_000))
+    process = model_jobs.spawn({**job, "timeout": 30})
+    part = Path(model_jobs.place_of(job).staging(job["model"]["commit"]), "parts", f"{BIG}.incomplete")
+    deadline = time.monotonic() + 20
+    while not (part.exists() and part.stat().st_size > 1_500_000) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    kept = part.stat().st_size
+    hub.faults.clear()
+    hub.requests.clear()
+    status = model_jobs.run(job)[1]
+    assert same(final(job), origin)
+    assert kept > 1_500_000
+    assert set(asked(hub)) == {f"bytes={kept}-{SIZE - 1}"}
+    assert status["hub_bytes"] <= status["total_bytes"] - kept, "finished bytes came once"
+
+
+def test_what_was_begun_and_is_wrong(job: Any, origin: Path) -> None:
+    """A begun file with a flipped bit, one that is too long, and a finished one of another size."""
+    staging = Path(model_jobs.place_of(job).staging(job["model"]["commit"]))
+    (staging / "parts").mkdir(parents=True)
+    (staging / "files").mkdir()
+    (staging / "parts" / f"{BIG}.incomplete").write_bytes(b"x" * 1000)
+    (staging / "parts/model-00002-of-00002.safetensors.incomplete").write_bytes(b"x" * 600_000)
+    (staging / "files/config.json").write_text("{")
+    status = model_jobs.run(job)[1]
+    assert same(final(job), origin)
+    assert status["done_bytes"] == status["total_bytes"]
+    assert any(BIG in note and "fetched again" in note for note in status["notes"])
+
+
+def test_a_hub_whose_files_change_after_the_listing(hub: Hub, tmp_path: Path) -> None:
+    """ModelScope's branches have no commits to ask for: what comes is another model than the listing's."""
+    job = model_jobs.make_job(model_jobs.read_model(REPO, hub.url, "modelscope"), tmp_path / "models", hub.url)
+    newer = write(tmp_path / "newer", seed=1)
+    hub.add(REPO, newer)
+    with pytest.raises(Failed, match="the hub sends other bytes than it lists"):
+        model_jobs.run(job)
+    job = model_jobs.make_job(model_jobs.read_model(REPO, hub.url, "modelscope"), tmp_path / "models", hub.url)
+    model_jobs.run(job)
+    assert same(final(job), newer)
+
+
+def test_a_new_revision_takes_what_is_the_same(hub: Hub, job: Any, tmp_path: Path) -> None:
+    model_jobs.run(job)
+    newer = write(tmp_path / "newer", seed=1)  # the second file of weights is as it was
+    hub.add(REPO, newer)
+    again = {**job, "model": model_jobs.read_model(REPO, hub.url, job["model"]["source"])}
+    status = model_jobs.run(again)[1]
+    assert same(final(again), newer)
+    assert Path(model_jobs.place_of(again).link).resolve() == final(again)
+    assert final(job).is_dir()
+    assert status["hub_bytes"] <= SIZE + 200
+
+
+def test_old_revisions_go_by_choice(hub: Hub, job: Any, tmp_path: Path) -> None:
+    jobs = []
+    for seed in range(4):
+        hub.add(REPO, write(tmp_path / f"v{seed}", seed=seed))
+        jobs.append({**job, "model": model_jobs.read_model(REPO, hub.url, job["model"]["source"])})
+        model_jobs.run(jobs[-1])
+        os.utime(final(jobs[-1]) / model_store.STAMP, (seed, seed))
+    foreign = tmp_path / "models" / REPO / "mine"
+    foreign.mkdir()
+    model_jobs.run({**jobs[-1], "keep_revisions": 1, "in_use": [str(final(jobs[0]))]})
+    assert [final(each).exists() for each in jobs] == [True, False, True, True]
+    assert foreign.exists()
+
+
+def test_a_full_disk_is_seen_before(job: Any, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_store, "free_bytes", lambda path: 1_000_000)
+    with pytest.raises(Failed, match=r"has 0 MiB free, and 4 MiB are needed for owner/tiny-1.0 and the reserve"):
+        model_jobs.run(job)
+    assert not hub.requests
+
+
+def test_a_disk_that_fills_up(job: Any, origin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, left = os.write, [1_000_000]
+
+    def full(handle: int, data: Any) -> int:
+        if len(data) > 1000:
+            left[0] -= len(data)
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return real(handle, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model_transfer.os, "write", full)
+        with pytest.raises(Failed, match=r"No space left on device .* is kept in .*: make room and run again"):
+            model_jobs.run(job)
+    assert not final(job).exists()
+    status = model_jobs.run(job)[1]
+    assert same(final(job), origin)
+    assert status["hub_bytes"] < status["total_bytes"]
+
+
+def test_full_verification(job: Any, hub: Hub, origin: Path) -> None:
+    model_jobs.run(job)
+    hub.requests.clear()
+    assert model_jobs.run({**job, "verify": True})[0] is False
+    damaged = final(job) / BIG
+    data = bytearray(damaged.read_bytes())
+    data[1000] ^= 1
+    facts = damaged.stat()
+    damaged.write_bytes(data)
+    os.utime(damaged, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert model_jobs.run(job)[0] is False, "size and time are as they were: only reading it shows"
+    with pytest.raises(Failed, match=f"is not as it was fetched \\({BIG}: sha256 .*\\): give model_repair=true"):
+        model_jobs.run({**job, "verify": True})
+    assert not hub.requests
+    changed, status = model_jobs.run({**job, "verify": True, "repair": True})
+    assert changed and same(final(job), origin)
+    assert status["hub_bytes"] == SIZE, "what was right is not fetched again"
+    assert any(note.startswith(f"repaired: {BIG}") for note in status["notes"])
+
+
+def test_a_changed_folder_is_not_overwritten_unless_asked(job: Any, origin: Path) -> None:
+    model_jobs.run(job)
+    (final(job) / "config.json").write_text("{}")
+    with pytest.raises(Failed, match=r"config.json has 2 bytes and not \d+\): give model_repair=true"):
+        model_jobs.run(job)
+    assert (final(job) / "config.json").read_text() == "{}"
+    assert model_jobs.run({**job, "repair": True})[0]
+    assert same(final(job), origin)
+
+
+def test_git_hashes_of_small_files(hub: Hub, origin: Path, tmp_path: Path) -> None:
+    hub.faults.append(Fault("/resolve/.*config.json", corrupt_at=3))
+    job = model_jobs.make_job(model_jobs.read_model(REPO, hub.url), tmp_path / "models", hub.url)
+    with pytest.raises(Failed, match=r"config.json of .* with git hash"):
+        model_jobs.run(job)
+
+
+def test_a_gated_model(hub: Hub, origin: Path, tmp_path: Path) -> None:
+    hub.add("meta/gated", origin, token="hf_right")
+    for source in SOURCES:
+        model = model_jobs.read_model("meta/gated", hub.url, source, token="hf_right")
+        job = model_jobs.make_job(model, tmp_path / source, hub.url, token="hf_right")
+        model_jobs.run(job)
+        assert same(final(job), origin)
+    for _, path, headers in hub.requests:
+        if path.startswith("/cdn/"):
+            assert not {"authorization", "cookie"} & {name.lower() for name in headers}
+
+
+# ---- folders on web servers and shares ----
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def web(tmp_path: Path, origin: Path) -> Iterator[str]:
+    """Python's own web server, which knows no ranges."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/origin"
+    server.shutdown()
+    server.server_close()
+
+
+def manifest(folder: Path) -> None:
+    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+    text = "".join(f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
+    (folder / hubs.MANIFEST).write_text(text)
+
+
+@pytest.mark.parametrize("kind", ["web", "share"])
+def test_a_folder_with_a_manifest(web: str, origin: Path, tmp_path: Path, kind: str) -> None:
+    manifest(origin)
+    model = model_jobs.read_model(web if kind == "web" else f"file://{origin}", "", "http")
+    if kind == "web":
+        assert {entry["sha256"] for entry in model["files"]} >= {hashlib.sha256(b"").hexdigest()}
+    job = model_jobs.make_job(model, tmp_path / "models")
+    staging = Path(model_jobs.place_of(job).staging(model["commit"]))
+    (staging / "parts").mkdir(parents=True)
+    (staging / "parts" / f"{BIG}.incomplete").write_bytes((origin / BIG).read_bytes()[:1_000_000])
+    model_jobs.run(job)
+    (origin / hubs.MANIFEST).unlink()
+    assert same(final(job), origin)
+    assert final(job).parent == tmp_path / "models/origin"
+
+
+def test_a_folder_with_an_index_page(web: str, origin: Path, tmp_path: Path) -> None:
+    """Names and sizes are all that there is to check, and files of the folder itself all that is fetched."""
+    model = model_jobs.read_model(web, "", "http")
+    assert [entry["path"] for entry in model["files"]] == [
+        "config.json",
+        "empty.txt",
+        BIG,
+        "model-00002-of-00002.safetensors",
+    ]
+    job = model_jobs.make_job(model, tmp_path / "models")
+    model_jobs.run(job)
+    assert (final(job) / BIG).read_bytes() == (origin / BIG).read_bytes()
+    (origin / BIG).write_bytes(b"y" * SIZE)
+    os.utime(origin / BIG, (1, 1))
+    assert model_jobs.read_model(web, "", "http")["commit"] != model["commit"]
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../b", "a//b", "", "a\\b"])
+def test_paths_that_leave_the_folder(path: str) -> None:
+    with pytest.raises(Problem, match="is not to be trusted"):
+        hubs.check_path(path, "http://hub")
+
+
+def test_a_list_that_is_none(web: str, origin: Path) -> None:
+    (origin / hubs.MANIFEST).write_text("hello\n")
+    with pytest.raises(Problem, match="'hello', which is none of sha256sum"):
+        model_jobs.read_model(web, "", "http")
+
+
+# ---- from host to host ----
+
+
+@pytest.fixture
+def port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def line(hub: Hub, tmp_path: Path, port: int) -> Callable[..., list[Any]]:
+    """line(count) -> jobs of hosts, each of which takes the model from the one before it."""
+    credentials = peer_certificate("test")
+    model = model_jobs.read_model(REPO, hub.url)
+    hub.requests.clear()
+    hub.sent_bytes = 0
+
+    def line(count: int, **changes: Any) -> list[Any]:
+        ports = [port + number for number in range(count)]
+        return [
+            model_jobs.make_job(
+                model,
+                tmp_path / f"host{number}",
+                hub.url,
+                peers={
+                    **credentials,
+                    "upstreams": [{"host": "127.0.0.1", "port": ports[before]} for before in reversed(range(number))],
+                    "downstreams": int(number + 1 < count),
+                    "port": ports[number] if number + 1 < count else None,
+                    "grace": 3,
+                    "linger": 5,
+                    **changes,
+                },
+            )
+            for number in range(count)
+        ]
+
+    return line
+
+
+def test_a_line_of_hosts(hub: Hub, origin: Path, line: Callable[..., list[Any]]) -> None:
+    jobs = line(4)
+    processes = [model_jobs.spawn(job) for job in reversed(jobs)]
+    assert [os.waitpid(process, 0)[1] for process in processes] == [0] * 4
+    for job in jobs:
+        assert same(final(job), origin)
+    total = sum(entry["size"] for entry in jobs[0]["model"]["files"])
+    assert hub.sent_bytes == total, "the hub has sent the model once"
+
+
+def test_a_host_of_the_line_dies(hub: Hub, origin: Path, line: Callable[..., list[Any]]) -> None:
+    hub.link = Link(1_500_000)
+    jobs = line(3)
+    processes = [model_jobs.spawn(job) for job in jobs]
+    time.sleep(1)
+    os.kill(processes[1], signal.SIGKILL)
+    assert os.waitpid(processes[2], 0)[1] == 0
+    os.waitpid(processes[1], 0)
+    os.waitpid(processes[0], 0)
+    assert same(final(jobs[2]), origin) and same(final(jobs[0]), origin)
+    assert not final(jobs[1]).exists()
+
+
+def test_strangers_are_turned_away(hub: Hub, origin: Path, line: Callable[..., list[Any]]) -> None:
+    """Who has another key gets nothing from the line, and goes to the hub."""
+    first, second = line(2)
+    second["peers"].update(peer_certificate("stranger"), grace=0)
+    process = model_jobs.spawn(first)
+    status = model_jobs.run(second)[1]
+    os.waitpid(process, 0)
+    assert status["peer_bytes"] == 0
+    assert same(final(second), origin)
+    assert "asked the next source" in status["notes"][0]
+
+
+def test_no_neighbour_and_no_hub(line: Callable[..., list[Any]]) -> None:
+    second = line(2, hub=False)[1]
+    second["peers"]["grace"] = 0
+    with pytest.raises(Failed, match=r"no neighbour can be reached .* open port \d+ between the hosts"):
+        model_jobs.run(second)
+
+
+# ---- locks ----
+
+
+def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.lock")
+    first, second = model_store.Lock(path), model_store.Lock(path)
+    assert not model_store.held(path)
+    child = os.fork()
+    if child == 0:
+        model_store.Lock(path).take()
+        os.kill(os.getpid(), 9)
+    os.waitpid(child, 0)
+    assert not model_store.held(path)
+    assert first.take()
+    assert model_store.held(path)
+    assert not second.take()
+    first.release()
+    assert second.take()
+    second.release()
