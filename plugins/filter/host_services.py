@@ -29,6 +29,8 @@ options:
     description:
       - C(root), C(config_dir), C(state_dir), C(log_dir), C(bind), C(start_timeout), C(open_paths), C(python) (an existing
         environment, or empty), C(manager), C(supervisor_dir) and C(supervisorctl) of the role.
+      - For services over several hosts also C(hosts) (names in the order of the inventory), C(network) (address and
+        interface by host, as P(baremetal.vllm.interconnect#filter) chose them) and C(peer_timeout) (seconds).
     type: dict
     required: true
 author:
@@ -49,6 +51,8 @@ _value:
 """
 
 from typing import Any
+
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.multi_host import spans, spread
 
 # Settings of every service. The usage report would tell strangers what the host serves; models lie on disk already.
 ENVIRONMENT = {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -133,6 +137,8 @@ def _service(
         "env": {key: str(value) for key, value in environment.items()},
         "command": [python, *SERVER, *args, "--host", bind, "--middleware", "baremetal_guard.PathGuard"],
         "start_timeout": user.get("start_timeout", settings["start_timeout"]),
+        "span": None,  # multi_host.py fills these for a service over several hosts
+        "headless": False,
         "pid_command": ["systemctl", "show", "--property=MainPID", "--value", unit]
         if systemd
         else [*settings["supervisorctl"], "pid", unit],
@@ -146,12 +152,16 @@ def host_services(
     plan: dict[str, Any], host: str, services: list[dict[str, Any]], settings: dict[str, Any]
 ) -> list[dict[str, Any]]:
     users = {service["name"]: service for service in services}
-    return [
-        _service(instance, host, planned["device"], users[planned["name"]], settings)
-        for planned in plan["services"]
-        for instance in planned["instances"]
-        if host in instance["hosts"]
-    ]
+    spanning = {span["service"]: span for span in spans(plan, settings.get("hosts") or []) if host in span["hosts"]}
+    found = []
+    for planned in plan["services"]:
+        for instance in planned["instances"]:
+            if host in instance["hosts"]:
+                service = _service(instance, host, planned["device"], users[planned["name"]], settings)
+                if len(instance["hosts"]) > 1:
+                    service = spread(service, spanning[planned["name"]], host, instance["args"], settings)
+                found.append(service)
+    return found
 
 
 class FilterModule:

@@ -50,15 +50,15 @@ def make_plan(services: object, hosts: object) -> dict[str, Any]:
         settled = [settle(task, instance, pools, ports[task.service.name]) for instance in task.instances]
         _check_sharing(task, layout)
         if task.order in on_cpu:
-            settled = [on_cpu[task.order]]
+            settled = on_cpu[task.order]
         rows.append(_row(task, layout, settled))
     problems = [f"{row['name']}: {problem}" for row in rows for problem in row["problems"]]
     return {"fits": not problems, "problems": problems, "services": rows, "gpus": _gpu_rows(layout, rows)}
 
 
-def _place(ports: Mapping[str, int], layout: Layout) -> tuple[Layout, dict[int, dict[str, Any]]]:
+def _place(ports: Mapping[str, int], layout: Layout) -> tuple[Layout, dict[int, list[dict[str, Any]]]]:
     """Places all services: the layout, and what runs on CPUs by the order of the service."""
-    on_cpu: dict[int, dict[str, Any]] = {}
+    on_cpu: dict[int, list[dict[str, Any]]] = {}
     # The most demanding first: those that are tied to GPUs or hosts, then by the size of the weights.
     order = sorted(
         layout.tasks,

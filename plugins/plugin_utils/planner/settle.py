@@ -248,12 +248,19 @@ def settle(task: Task, instance: Instance, pools: Mapping[int, bool], port: int)
         },
     }
     if len(by_host) > 1 and settings["executor"] == "mp":
-        common = ["--nnodes", str(len(by_host)), "--master-addr", by_host[0][0].name]
         result["node_args"] = {
-            host.name: [*args, *common, "--node-rank", str(rank), *(["--headless"] if rank else [])]
+            host.name: [*args, *node_arguments(rank, len(by_host), by_host[0][0].name)]
             for rank, (host, _) in enumerate(by_host)
         }
     return result
+
+
+def node_arguments(rank: int, hosts: int, head: str, port: int | None = None) -> list[str]:
+    """What executor mp is told on each of several hosts; ``head`` is the address of rank 0."""
+    arguments = ["--nnodes", str(hosts), "--node-rank", str(rank), "--master-addr", head]
+    if port:
+        arguments += ["--master-port", str(port)]
+    return [*arguments, *(["--headless"] if rank else [])]
 
 
 def explain(task: Task, layout: Layout, settled: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What a service that spans hosts runs on each of them.
+
+Executor ``mp``: vLLM runs on every host, kept together by ``baremetal_ranks.py``; the first host serves the API. Executor
+``ray``: vLLM runs on the first host alone, and its engines are placed by a Ray cluster of exactly these hosts.
+
+The first host is the first one of the inventory. Values that differ between hosts (address, interface) are in the
+environment of each host's own unit and never in the one that Ray copies from the first host to the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .planner.settle import node_arguments
+
+# Of one service that spans hosts; the next one has the next block. Below the ephemeral ports, beside vLLM's own 29500.
+FIRST_PORT = 29600
+BLOCK = 10
+# Ray's: its usual port for the cluster's state (GCS), and workers below the ephemeral ports.
+RAY_FIRST_PORT = 6379
+RAY_BLOCK = 20
+RAY_FIRST_WORKER_PORT = 10002
+RAY_WORKER_PORTS = 200
+# Names that are kept on the first host: they are secrets that an engine does not need, or they differ between hosts.
+KEPT_HOME = (
+    "BAREMETAL_OPEN_PATHS",
+    "CUDA_VISIBLE_DEVICES",
+    "GLOO_SOCKET_IFNAME",
+    "HF_TOKEN",
+    "HOME",
+    "HOSTNAME",
+    "HUGGING_FACE_HUB_TOKEN",
+    "INVOCATION_ID",
+    "JOURNAL_STREAM",
+    "LOGNAME",
+    "NCCL_IB_HCA",
+    "NCCL_SOCKET_IFNAME",
+    "NVIDIA_VISIBLE_DEVICES",
+    "PATH",
+    "PWD",
+    "RAY_AUTH_TOKEN",
+    "SHELL",
+    "SYSTEMD_EXEC_PID",
+    "TP_SOCKET_IFNAME",
+    "UCX_NET_DEVICES",
+    "USER",
+    "VLLM_API_KEY",
+    "VLLM_CONFIG_ROOT",
+    "VLLM_HOST_IP",
+)
+SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "ACCESS_KEY")
+
+
+def ray_ports(number: int) -> dict[str, int]:
+    """Every port of the ``number``-th Ray cluster, so that a firewall can list them."""
+    base = RAY_FIRST_PORT + RAY_BLOCK * number
+    names = (
+        "gcs",
+        "node_manager",
+        "object_manager",
+        "dashboard_agent_listen",
+        "dashboard_agent_grpc",
+        "runtime_env_agent",
+        "metrics_export",
+        "client_server",
+    )
+    first = RAY_FIRST_WORKER_PORT + RAY_WORKER_PORTS * number
+    return {
+        **{name: base + offset for offset, name in enumerate(names)},
+        "min_worker": first,
+        "max_worker": first + RAY_WORKER_PORTS - 1,
+    }
+
+
+def spans(plan: Mapping[str, Any], order: Sequence[str]) -> list[dict[str, Any]]:
+    """Every server of a plan that several hosts work for, with its hosts in the order of their ranks.
+
+    Args:
+        plan: what ``vllm_plan`` returned.
+        order: names of all hosts, in the order of the inventory.
+    """
+    found: list[dict[str, Any]] = []
+    counts = {"mp": 0, "ray": 0}
+    for service in plan["services"]:
+        for instance in service["instances"]:
+            if len(instance["hosts"]) < 2:
+                continue
+            executor = instance["executor"]
+            number = counts[executor]
+            counts[executor] += 1
+            first = FIRST_PORT + BLOCK * number
+            found.append(
+                {
+                    "service": service["name"],
+                    "executor": executor,
+                    "device": service["device"],
+                    "engine_version": instance["engine_version"],
+                    "hosts": [name for name in order if name in instance["hosts"]] or instance["hosts"],
+                    "gpus": instance["gpus"],
+                    "ranks_a_host": instance["tensor_parallel_size"]
+                    * instance["pipeline_parallel_size"]
+                    // len(instance["hosts"]),
+                    "ports": {"ranks": first, "master": first + 1} if executor == "mp" else ray_ports(number),
+                }
+            )
+    return found
+
+
+def span_of(
+    plan: Mapping[str, Any], order: Sequence[str], service: str, host: str
+) -> dict[str, Any] | None:
+    """The span of a service that a host is part of, or None."""
+    return next((span for span in spans(plan, order) if span["service"] == service and host in span["hosts"]), None)
+
+
+def spread(
+    service: dict[str, Any],
+    span: Mapping[str, Any],
+    host: str,
+    args: Sequence[str],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What ``service`` (as host_services makes it for one host) is on one host of a span."""
+    network = settings.get("network") or {}
+    addresses = {name: (network.get(name) or {}).get("address") or name for name in span["hosts"]}
+    interface = (network.get(host) or {}).get("interface")
+    rank = span["hosts"].index(host)
+    lib, config_dir = f"{settings['root']}/lib", service["config_dir"]
+    token_file = f"{config_dir}/cluster_token"
+    here = {
+        "VLLM_HOST_IP": addresses[host],
+        **({"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}),
+    }
+    ports = span["ports"]
+    details = {**span, "rank": rank, "addresses": addresses, "token_file": token_file, "environment": here}
+    env = {**here, **service["env"]}
+    python = service["python"]
+    if span["executor"] == "ray":
+        address = f"{addresses[span['hosts'][0]]}:{ports['gcs']}"
+        env |= {
+            "RAY_ADDRESS": address,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": token_file,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # holds ray_non_carry_over_env_vars.json
+            "VLLM_CONFIG_ROOT": f"{config_dir}/vllm",
+        }
+        gate = [python, f"{lib}/baremetal_ray_gate.py", "--gpus", str(span["ranks_a_host"])]
+        for name in span["hosts"]:
+            gate += ["--node", f"{name}={addresses[name]}"]
+        return {
+            **service,
+            "span": details,
+            "headless": rank > 0,
+            "env": env,
+            "command": [*gate, "--", *service["command"]],
+            "kept_home": kept_home(env),
+        }
+    serve = [python, f"{lib}/baremetal_vllm_main.py", "serve", *args]
+    serve += node_arguments(rank, len(span["hosts"]), addresses[span["hosts"][0]], ports["master"])
+    if rank == 0:
+        serve += service["command"][service["command"].index("--host") :]
+    pid_file = f"{service['state_dir']}/engine.pid"
+    keeper = [python, f"{lib}/baremetal_ranks.py", "--name", service["name"], "--rank", str(rank)]
+    for name in span["hosts"]:
+        keeper += ["--peer", f"{name}={addresses[name]}"]
+    keeper += ["--port", str(ports["ranks"]), "--patience", str(settings.get("peer_timeout", 20))]
+    keeper += ["--token-file", token_file, "--pid-file", pid_file]
+    return {
+        **service,
+        "span": details,
+        "headless": rank > 0,
+        "env": env,
+        "command": [*keeper, "--", *serve],
+        # The engine's, which changes when it ends: the keeper lives on.
+        "pid_command": ["cat", pid_file],
+    }
+
+
+def kept_home(env: Mapping[str, str]) -> list[str]:
+    """Names for ray_non_carry_over_env_vars.json: what Ray must not copy from the first host to the others."""
+    secrets = [name for name in env if any(word in name.upper() for word in SECRET_WORDS) and name != "RAY_AUTH_TOKEN_PATH"]
+    return sorted({*KEPT_HOME, *secrets})
