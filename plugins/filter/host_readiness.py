@@ -122,6 +122,8 @@ def host_readiness(services: list[dict[str, Any]], probe: dict[str, Any], settin
             f"{settings['root']} has {free} MiB free and vLLM needs {need}: make room or set vllm_root to a larger disk"
         )
     for service in services:
+        if service.get("headless"):  # answers nobody
+            continue
         port, listener = service["port"], probe["listeners"].get(str(service["port"]))
         # vLLM renames its process, so that the working folder is what tells it from others.
         if listener and listener["cwd"] != service["state_dir"]:

@@ -12,9 +12,14 @@ description:
     The fastest one wins, then one of physical interfaces, then that of the default route. What the user set is taken and
     checked.
   - Bridges and virtual pairs of container engines are never chosen, as every host has the same ones.
-positional: wishes
+positional: looks, wishes
 options:
   _input:
+    description: Services over several hosts, each with C(service) (its name) and C(hosts) (names of its hosts).
+    type: list
+    elements: dict
+    required: true
+  looks:
     description: For each host, the result of M(baremetal.vllm.interconnect_probe) with C(action=look).
     type: dict
     required: true
@@ -22,10 +27,6 @@ options:
     description: For each host, C(interface), C(address) and C(network) as the user set them, empty for a choice.
     type: dict
     required: true
-  max_clock_offset:
-    description: Seconds by which clocks may differ.
-    type: float
-    default: 5
 author:
   - baremetal.vllm maintainers (@baremetal-vllm)
 """
@@ -33,13 +34,14 @@ author:
 EXAMPLES = r"""
 - name: Choose
   ansible.builtin.set_fact:
-    network: "{{ looks | baremetal.vllm.interconnect({'gpu1': {'interface': 'eth1'}, 'gpu2': {'interface': 'eth1'}}) }}"
+    network: "{{ spans | baremetal.vllm.interconnect(looks, {'gpu1': {'interface': 'eth1'}, 'gpu2': {'interface': 'eth1'}}) }}"
 """
 
 RETURN = r"""
 _value:
   description:
-    - C(hosts), for each host C(address), C(interface), C(prefix), C(mtu) and C(speed_mbps); and C(problems), one line each.
+    - For each service C(hosts), with C(address), C(interface), C(prefix), C(mtu) and C(speed_mbps) of each host; and
+      C(problems), one line each.
   type: dict
 """
 
@@ -125,8 +127,12 @@ def _common(choices: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, 
 
 
 def interconnect(
-    looks: Mapping[str, Mapping[str, Any]], wishes: Mapping[str, Mapping[str, Any]], max_clock_offset: float = 5
+    spans: list[dict[str, Any]], looks: Mapping[str, Mapping[str, Any]], wishes: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
+    return {span["service"]: _choose({host: looks[host] for host in span["hosts"]}, wishes) for span in spans}
+
+
+def _choose(looks: Mapping[str, Mapping[str, Any]], wishes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     problems = []
     choices = {}
     for host, look in looks.items():
@@ -153,50 +159,6 @@ def interconnect(
     return {"hosts": hosts, "problems": problems}
 
 
-def interconnect_problems(
-    ways: Mapping[str, list[Mapping[str, Any]]], limits: Mapping[str, float]
-) -> list[str]:
-    """What is wrong with measured ways, one line for each pair and cause. ``limits``: clock_s, mbps, rtt_ms."""
-    found: dict[tuple[str, str, str], str] = {}
-    for host, measured in ways.items():
-        for way in measured:
-            pair = tuple(sorted((host, way["name"])))
-
-            def add(kind: str, text: str, pair: tuple[str, ...] = pair) -> None:
-                found.setdefault((pair[0], pair[1], kind), text)
-
-            if way["problem"]:
-                found[host, way["name"], "reach"] = (
-                    f"{host} cannot reach {way['name']} at {way['address']}: {way['problem']}"
-                )
-                continue
-            if abs(way["clock_offset_s"]) > limits["clock_s"]:
-                add(
-                    "clock",
-                    f"the clocks of {host} and {way['name']} are {abs(way['clock_offset_s']):.0f} s apart (limit "
-                    f"{limits['clock_s']:g}): let both follow one time server",
-                )
-            if not way["whole_mtu"]:
-                add(
-                    "mtu",
-                    f"packets of the interface's own MTU do not arrive from {host} at {way['name']}: a switch or tunnel "
-                    "between them has a smaller one; lower the MTU of both, or raise that one",
-                )
-            if way["mbps"] is not None and way["mbps"] < limits["mbps"]:
-                add(
-                    "speed",
-                    f"{host} sends {way['mbps']} Mb/s to {way['name']} (limit {limits['mbps']:g}): check cable, switch "
-                    "and interface, or lower vllm_interconnect_min_mbps",
-                )
-            if way["rtt_us"] > limits["rtt_ms"] * 1000:
-                add(
-                    "latency",
-                    f"{way['rtt_us'] / 1000:.1f} ms from {host} to {way['name']} and back (limit {limits['rtt_ms']:g}): "
-                    "engines wait that long several times for each token",
-                )
-    return list(found.values())
-
-
 class FilterModule:
     def filters(self) -> dict[str, Any]:
-        return {"interconnect": interconnect, "interconnect_problems": interconnect_problems}
+        return {"interconnect": interconnect}

@@ -29,22 +29,22 @@ options:
   name:
     description: Name of this host, for V(serve).
     type: str
-  address:
-    description: Address of this host on the interconnect. V(measure) sends from it.
-    type: str
+  addresses:
+    description: Addresses of this host to serve on.
+    type: list
+    elements: str
+    default: []
   seconds:
     description: How long to serve.
     type: int
     default: 120
   peers:
-    description: Hosts to measure the way to, each with C(name), C(address), C(port) and whether to measure C(bandwidth).
+    description:
+      - Hosts to measure the way to, each with C(name), C(address), C(port), C(source) (this host's address), C(mtu) (of its
+        interface; a packet of that size must arrive whole) and whether to measure C(bandwidth).
     type: list
     elements: dict
     default: []
-  mtu:
-    description: MTU of this host's interface. A packet of that size must arrive whole.
-    type: int
-    default: 1500
   timeout:
     description: Seconds for one step of one measurement.
     type: int
@@ -69,17 +69,21 @@ EXAMPLES = r"""
   baremetal.vllm.interconnect_probe:
     action: serve
     name: "{{ inventory_hostname }}"
-    address: 10.0.0.1
+    addresses: [10.0.0.1]
     token: "{{ run_token }}"
   register: server
 
 - name: Measure the way to another host
   baremetal.vllm.interconnect_probe:
     action: measure
-    address: 10.0.0.1
     token: "{{ run_token }}"
     peers:
-      - {name: gpu2, address: 10.0.0.2, port: "{{ hostvars['gpu2'].server.port }}", bandwidth: true}
+      - name: gpu2
+        address: 10.0.0.2
+        port: "{{ hostvars['gpu2'].server.ports['10.0.0.2'] }}"
+        source: 10.0.0.1
+        mtu: 9000
+        bandwidth: true
 """
 
 RETURN = r"""
@@ -90,10 +94,10 @@ interfaces:
   returned: action is look
   type: list
   elements: dict
-port:
-  description: TCP and UDP port of the server.
+ports:
+  description: TCP and UDP port of the server on each address.
   returned: action is serve
-  type: int
+  type: dict
 time:
   description: This host's clock, seconds since 1970.
   returned: success
@@ -107,6 +111,7 @@ ways:
   elements: dict
 """
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -114,6 +119,7 @@ import hmac
 import json
 import os
 import select
+import signal
 import socket
 import struct
 import time
@@ -146,8 +152,8 @@ def ipv4_addresses():
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         size = 40 * 256
         buffer = bytearray(size)
-        view = (buffer_address(buffer), size)
-        length = struct.unpack("iL", fcntl.ioctl(sock.fileno(), SIOCGIFCONF, struct.pack("iL", view[1], view[0])))[0]
+        place = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        length = struct.unpack("iL", fcntl.ioctl(sock.fileno(), SIOCGIFCONF, struct.pack("iL", size, place)))[0]
         for offset in range(0, length, 40):
             name = bytes(buffer[offset : offset + 16]).split(b"\0", 1)[0]
             address = socket.inet_ntoa(bytes(buffer[offset + 20 : offset + 24]))
@@ -155,12 +161,6 @@ def ipv4_addresses():
             prefix = bin(struct.unpack("!I", mask)[0]).count("1")
             found.setdefault(name.decode().split(":")[0], []).append({"address": address, "prefix": prefix})
     return found
-
-
-def buffer_address(buffer):
-    import ctypes
-
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def ipv6_addresses():
@@ -219,7 +219,7 @@ def family(address):
 
 def bind(address):
     """A TCP and a UDP socket on one port of an address."""
-    for attempt in range(20):
+    for _attempt in range(20):
         tcp = socket.socket(family(address), socket.SOCK_STREAM)
         udp = socket.socket(family(address), socket.SOCK_DGRAM)
         tcp.bind((address, 0))
@@ -273,21 +273,19 @@ def answer(connection, name, token):
             return
 
 
-def serve(tcp, udp, name, token, seconds):
+def serve(sockets, name, token, seconds):
     """Answers until the time is over, each connection in a process of its own."""
-    import signal
-
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     end = time.time() + seconds
     mark = proof(token, "datagram").encode("ascii")
     while time.time() < end:
-        for sock in select.select([tcp, udp], [], [], max(0.0, min(1.0, end - time.time())))[0]:
-            if sock is udp:
-                data, place = udp.recvfrom(65536)
+        for sock in select.select(sockets, [], [], max(0.0, min(1.0, end - time.time())))[0]:
+            if sock.type == socket.SOCK_DGRAM:
+                data, place = sock.recvfrom(65536)
                 if data.startswith(mark):
-                    udp.sendto(mark + b"%d" % len(data), place)
+                    sock.sendto(mark + b"%d" % len(data), place)
                 continue
-            connection = tcp.accept()[0]
+            connection = sock.accept()[0]
             if os.fork() == 0:
                 try:
                     answer(connection, name, token)
@@ -298,9 +296,15 @@ def serve(tcp, udp, name, token, seconds):
 
 
 def serve_in_background(params):
-    """Port of a server that lives on when the module has ended."""
-    tcp, udp = bind(params["address"])
-    port = tcp.getsockname()[1]
+    """Address -> port of a server that lives on when the module has ended."""
+    sockets, ports = [], {}
+    for address in sorted(set(params["addresses"])):
+        try:
+            pair = bind(address)
+        except (IOError, OSError) as error:
+            raise ValueError("cannot listen on %s: %s" % (address, explain(error)))
+        sockets += pair
+        ports[address] = pair[0].getsockname()[1]
     if os.fork() == 0:
         os.setsid()
         if os.fork() != 0:
@@ -310,10 +314,10 @@ def serve_in_background(params):
             os.dup2(nothing, number)
         os.chdir("/")
         try:
-            serve(tcp, udp, params["name"], params["token"], params["seconds"])
+            serve(sockets, params["name"], params["token"], params["seconds"])
         finally:
             os._exit(0)
-    return port
+    return ports
 
 
 # ------------------------------------------------------------------------------------------------------- measure
@@ -334,7 +338,7 @@ def whole(udp, address, port, token, size):
         udp.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, IP_PMTUDISC_DO)
     udp.settimeout(0.7)
     length = size - IP_HEADERS[udp.family]
-    for dummy in range(3):
+    for _number in range(3):
         try:
             udp.sendto(mark + b"\0" * (length - len(mark)), (address, port))
             if udp.recvfrom(4096)[0] == mark + b"%d" % length:
@@ -355,8 +359,7 @@ def way(peer, params):
     try:
         connection = socket.socket(family(address), socket.SOCK_STREAM)
         connection.settimeout(params["timeout"])
-        if params["address"]:
-            connection.bind((params["address"], 0))
+        connection.bind((peer["source"], 0))
         connection.connect((address, port))
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         nonce = hashlib.sha256(os.urandom(16)).hexdigest()
@@ -367,7 +370,7 @@ def way(peer, params):
         if hello["name"] != peer["name"]:
             raise OSError(errno.EPROTO, "%s answers there: two hosts have this address" % hello["name"])
         pings = []
-        for dummy in range(PINGS):
+        for _number in range(PINGS):
             sent = time.time()
             send_line(connection, do="ping")
             there = json.loads(receive_line(connection))["time"]
@@ -387,9 +390,8 @@ def way(peer, params):
         send_line(connection, do="end")
         connection.close()
         with socket.socket(family(address), socket.SOCK_DGRAM) as udp:
-            if params["address"]:
-                udp.bind((params["address"], 0))
-            result["whole_mtu"] = whole(udp, address, port, params["token"], min(params["mtu"], 65535))
+            udp.bind((peer["source"], 0))
+            result["whole_mtu"] = whole(udp, address, port, params["token"], min(int(peer["mtu"]), 65535))
     except (IOError, OSError, ValueError, KeyError) as error:
         result["problem"] = explain(error)
     return result
@@ -401,13 +403,12 @@ def main():
             "action": {"type": "str", "choices": ["look", "serve", "measure"], "required": True},
             "token": {"type": "str", "no_log": True},
             "name": {"type": "str"},
-            "address": {"type": "str"},
+            "addresses": {"type": "list", "elements": "str", "default": []},
             "seconds": {"type": "int", "default": 120},
             "peers": {"type": "list", "elements": "dict", "default": []},
-            "mtu": {"type": "int", "default": 1500},
             "timeout": {"type": "int", "default": 5},
         },
-        required_if=[("action", "serve", ["token", "name", "address"]), ("action", "measure", ["token"])],
+        required_if=[("action", "serve", ["token", "name", "addresses"]), ("action", "measure", ["token"])],
         supports_check_mode=True,
     )
     params = module.params
@@ -415,10 +416,10 @@ def main():
         module.exit_json(changed=False, interfaces=interfaces(), time=time.time())
     if params["action"] == "serve":
         try:
-            port = serve_in_background(params)
-        except (IOError, OSError) as error:
-            module.fail_json(msg="cannot listen on %s: %s" % (params["address"], explain(error)))
-        module.exit_json(changed=False, port=port, time=time.time())
+            ports = serve_in_background(params)
+        except ValueError as error:
+            module.fail_json(msg=str(error))
+        module.exit_json(changed=False, ports=ports, time=time.time())
     module.exit_json(changed=False, ways=[way(peer, params) for peer in params["peers"]], time=time.time())
 
 

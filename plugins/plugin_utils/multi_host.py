@@ -74,6 +74,13 @@ def ray_ports(number: int) -> dict[str, int]:
     }
 
 
+def _firewall_ports(ports: Mapping[str, int]) -> list[str]:
+    """Ports and ranges for a firewall: the pinned ones and Linux' ephemeral range."""
+    pinned = [str(port) for name, port in ports.items() if not name.endswith("_worker")]
+    workers = [f"{ports['min_worker']}-{ports['max_worker']}"] if "min_worker" in ports else []
+    return [*pinned, *workers, "32768-60999"]
+
+
 def spans(plan: Mapping[str, Any], order: Sequence[str]) -> list[dict[str, Any]]:
     """Every server of a plan that several hosts work for, with its hosts in the order of their ranks.
 
@@ -108,9 +115,7 @@ def spans(plan: Mapping[str, Any], order: Sequence[str]) -> list[dict[str, Any]]
     return found
 
 
-def span_of(
-    plan: Mapping[str, Any], order: Sequence[str], service: str, host: str
-) -> dict[str, Any] | None:
+def span_of(plan: Mapping[str, Any], order: Sequence[str], service: str, host: str) -> dict[str, Any] | None:
     """The span of a service that a host is part of, or None."""
     return next((span for span in spans(plan, order) if span["service"] == service and host in span["hosts"]), None)
 
@@ -123,7 +128,7 @@ def spread(
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What ``service`` (as host_services makes it for one host) is on one host of a span."""
-    network = settings.get("network") or {}
+    network = ((settings.get("network") or {}).get(service["name"]) or {}).get("hosts") or {}
     addresses = {name: (network.get(name) or {}).get("address") or name for name in span["hosts"]}
     interface = (network.get(host) or {}).get("interface")
     rank = span["hosts"].index(host)
@@ -134,8 +139,20 @@ def spread(
         **({"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}),
     }
     ports = span["ports"]
-    details = {**span, "rank": rank, "addresses": addresses, "token_file": token_file, "environment": here}
+    details = {
+        **span,
+        "rank": rank,
+        "addresses": addresses,
+        "address": addresses[host],
+        "token_file": token_file,
+        "environment": here,
+    }
     env = {**here, **service["env"]}
+    if span["executor"] == "ray" and service["venv"]:
+        # An environment of its own, so that services without Ray keep theirs.
+        venv = {**service["venv"], "path": f"{service['venv']['path']}-ray", "ray": True}
+        python = f"{venv['path']}/bin/python"
+        service = {**service, "venv": venv, "python": python, "command": [python, *service["command"][1:]]}
     python = service["python"]
     if span["executor"] == "ray":
         address = f"{addresses[span['hosts'][0]]}:{ports['gcs']}"
@@ -147,9 +164,9 @@ def spread(
             # holds ray_non_carry_over_env_vars.json
             "VLLM_CONFIG_ROOT": f"{config_dir}/vllm",
         }
-        gate = [python, f"{lib}/baremetal_ray_gate.py", "--gpus", str(span["ranks_a_host"])]
+        gate = [python, f"{lib}/baremetal_ray_gate.py"]
         for name in span["hosts"]:
-            gate += ["--node", f"{name}={addresses[name]}"]
+            gate += ["--node", f"{name}={addresses[name]}={span['ranks_a_host']}"]
         return {
             **service,
             "span": details,
@@ -162,12 +179,11 @@ def spread(
     serve += node_arguments(rank, len(span["hosts"]), addresses[span["hosts"][0]], ports["master"])
     if rank == 0:
         serve += service["command"][service["command"].index("--host") :]
-    pid_file = f"{service['state_dir']}/engine.pid"
     keeper = [python, f"{lib}/baremetal_ranks.py", "--name", service["name"], "--rank", str(rank)]
     for name in span["hosts"]:
         keeper += ["--peer", f"{name}={addresses[name]}"]
     keeper += ["--port", str(ports["ranks"]), "--patience", str(settings.get("peer_timeout", 20))]
-    keeper += ["--token-file", token_file, "--pid-file", pid_file]
+    keeper += ["--token-file", token_file, "--folder", service["state_dir"]]
     return {
         **service,
         "span": details,
@@ -175,11 +191,13 @@ def spread(
         "env": env,
         "command": [*keeper, "--", *serve],
         # The engine's, which changes when it ends: the keeper lives on.
-        "pid_command": ["cat", pid_file],
+        "pid_command": ["cat", f"{service['state_dir']}/engine.pid"],
     }
 
 
 def kept_home(env: Mapping[str, str]) -> list[str]:
     """Names for ray_non_carry_over_env_vars.json: what Ray must not copy from the first host to the others."""
-    secrets = [name for name in env if any(word in name.upper() for word in SECRET_WORDS) and name != "RAY_AUTH_TOKEN_PATH"]
+    secrets = [
+        name for name in env if any(word in name.upper() for word in SECRET_WORDS) and name != "RAY_AUTH_TOKEN_PATH"
+    ]
     return sorted({*KEPT_HOME, *secrets})

@@ -110,7 +110,12 @@ def place_on_cpu(task: Task, layout: Layout, port: int) -> list[dict[str, Any]]:
         "ray_in_image": False,
         "command": engine.command(),
         "image": image if service.runtime == "container" else None,
-        "env": {"VLLM_CPU_KVCACHE_SPACE": str(cache), **service.env},
+        # Split embeddings are compiled even in eager mode, unless this forbids it.
+        "env": {
+            "VLLM_CPU_KVCACHE_SPACE": str(cache),
+            **({"TORCHDYNAMO_DISABLE": "1"} if eager and tp > 1 else {}),
+            **service.env,
+        },
         "args": command_line(service, engine.version, settings, extra_arguments(task, engine.version)),
         "memory": {
             "requested_gib": round(total, 3),

@@ -2,7 +2,7 @@
 """Keeps the engine processes of one vLLM service on several hosts together.
 
     baremetal_ranks.py --name chat --rank 0 --peer gpu1=10.0.0.1 --peer gpu2=10.0.0.2 --port 29502 --token-file FILE
-                       --pid-file FILE -- COMMAND...
+                       --folder FOLDER -- COMMAND...
 
 One of these runs on each host. vLLM's own ranks do not notice when another one dies: the rest waits for it, and requests
 hang. So no engine starts before all hosts are there with the same versions; then all start at once. When an engine ends, a
@@ -81,8 +81,9 @@ class Engine:
             return
         with open(self.pid_file, "w") as handle:
             handle.write("%d\n" % self.process.pid)
-        threading.Thread(target=self._follow, args=(self.process,), daemon=True).start()
-        threading.Thread(target=self._wait, args=(self.process,), daemon=True).start()
+        follower = threading.Thread(target=self._follow, args=(self.process,), daemon=True)
+        follower.start()
+        threading.Thread(target=self._wait, args=(self.process, follower), daemon=True).start()
 
     def _follow(self, process):
         for line in process.stdout:
@@ -90,12 +91,13 @@ class Engine:
             sys.stdout.buffer.flush()
             self.last.append(line.decode("utf-8", "replace").strip())
 
-    def _wait(self, process):
+    def _wait(self, process, follower):
         status = process.wait()
         kill_descendants()  # engines that outlive their server hold its memory
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, 0):
                 pass
+        follower.join(5)
         with contextlib.suppress(OSError):
             os.unlink(self.pid_file)
         self.process = None
@@ -192,7 +194,11 @@ class Link:
                 while True:
                     events.put(("said", name, self.read(), self))
             except (OSError, ValueError) as error:
-                reason = "not heard of for %d s" % self.connection.gettimeout() if isinstance(error, socket.timeout) else str(error)
+                reason = (
+                    "not heard of for %d s" % self.connection.gettimeout()
+                    if isinstance(error, socket.timeout)
+                    else str(error)
+                )
                 events.put(("lost", name, reason, self))
 
         threading.Thread(target=run, daemon=True).start()
@@ -283,7 +289,8 @@ class Head:
     def mismatch(self, rank, hello):
         other = hello.get("versions", {})
         different = [
-            "%s %s there and %s on %s" % (key, other.get(key, "missing"), self.versions.get(key, "missing"), self.options.peers[0][0])
+            "%s %s there and %s on %s"
+            % (key, other.get(key, "missing"), self.versions.get(key, "missing"), self.options.peers[0][0])
             for key in sorted(set(other) | set(self.versions))
             if other.get(key) != self.versions.get(key)
         ]
@@ -373,7 +380,9 @@ class Follower:
     def connect(self):
         name, address = self.options.peers[0]
         try:
-            link = Link(socket.create_connection((address, self.options.port), CONNECT_S), self.token, self.options.patience)
+            link = Link(
+                socket.create_connection((address, self.options.port), CONNECT_S), self.token, self.options.patience
+            )
             link.greet(False)
         except OSError as error:
             if not self.told:
@@ -447,7 +456,7 @@ def parse():
     parser.add_argument("--port", type=int, required=True, help="that rank 0 listens on")
     parser.add_argument("--patience", type=float, default=20, help="seconds without a word after which a host is lost")
     parser.add_argument("--token-file", required=True)
-    parser.add_argument("--pid-file", required=True, help="holds the engine's process id while it runs")
+    parser.add_argument("--folder", required=True, help="for keeper.pid, and engine.pid while the engine runs")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     options.peers = [tuple(peer.split("=", 1)) for peer in options.peer]
@@ -463,13 +472,16 @@ def main():
     with open(options.token_file, "rb") as handle:
         token = handle.read().strip()
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    pid_file = os.path.join(options.folder, "engine.pid")
     with contextlib.suppress(OSError):
-        os.unlink(options.pid_file)
+        os.unlink(pid_file)
+    with open(os.path.join(options.folder, "keeper.pid"), "w") as handle:
+        handle.write("%d\n" % os.getpid())
     events = queue.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: events.put(("signal", number)))
     role = Head if options.rank == 0 else Follower
-    role(options, Engine(options.command, options.pid_file, events), events, token).run()
+    role(options, Engine(options.command, pid_file, events), events, token).run()
 
 
 if __name__ == "__main__":

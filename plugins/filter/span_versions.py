@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+name: span_versions
+short_description: Where the software of hosts that work for one service differs
+version_added: 0.1.0
+description:
+  - Compares Python, vLLM, PyTorch and Ray of the hosts of a service. Engines of different releases fail late and say little;
+    Ray refuses nodes of another release of Ray or of Python.
+positional: answers
+options:
+  _input:
+    description: Services over several hosts, each with C(service) (its name), C(executor) and C(hosts).
+    type: list
+    elements: dict
+    required: true
+  answers:
+    description: For each host, the registered result of the command that printed the versions as JSON.
+    type: dict
+    required: true
+author:
+  - baremetal.vllm maintainers (@baremetal-vllm)
+"""
+
+EXAMPLES = r"""
+- name: Compare
+  ansible.builtin.assert:
+    that: spans | baremetal.vllm.span_versions(answers) | length == 0
+"""
+
+RETURN = r"""
+_value:
+  description: One line for each host and package that differs from the first host's.
+  type: list
+  elements: str
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def _said(result: Mapping[str, Any], service: str) -> dict[str, str] | None:
+    """What a host answered for a service; None where its Python did not run (in check mode it is perhaps not there yet)."""
+    for item in result.get("results", ()):
+        try:
+            said: dict[str, str] = json.loads(item.get("stdout") or "{}")
+        except ValueError:
+            continue
+        if said.pop("service", None) == service:
+            return said
+    return None
+
+
+def _comparable(executor: str, package: str, version: str) -> str:
+    """Ray compares Python to the last digit; for the others the minor release decides."""
+    return ".".join(version.split(".")[:2]) if package == "python" and executor != "ray" else version
+
+
+def span_versions(spans: list[dict[str, Any]], answers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    problems = []
+    for span in spans:
+        head = span["hosts"][0]
+        said = {host: _said(answers[host], span["service"]) for host in span["hosts"]}
+        first = said[head]
+        if first is None:
+            continue
+        if span["executor"] == "ray" and "ray" not in first:
+            problems.append(
+                f"{head}: the environment of service {span['service']} has no Ray: take executor mp, or leave "
+                "vllm_existing_python empty so that one with Ray is made"
+            )
+        for host in span["hosts"][1:]:
+            for package in sorted({*first, *(said[host] or first)}):
+                here, there = first.get(package, "missing"), (said[host] or first).get(package, "missing")
+                if _comparable(span["executor"], package, here) != _comparable(span["executor"], package, there):
+                    problems.append(
+                        f"service {span['service']}: {package} is {here} on {head} and {there} on {host}: install the "
+                        "same on both"
+                    )
+    return problems
+
+
+class FilterModule:
+    def filters(self) -> dict[str, Any]:
+        return {"span_versions": span_versions}

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""baremetal_ranks.py with real processes, each on an address of its own of this machine; engines are small programs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parents[4] / "roles" / "vllm" / "files" / "baremetal_ranks.py"
+# An engine that runs, with a child of its own, until it is ended.
+ENGINE = "import subprocess, sys, time; subprocess.Popen(['sleep', '600']); print('up', flush=True); time.sleep(600)"
+
+
+class Rank:
+    """One host: its keeper and the folder that it works in."""
+
+    def __init__(self, folder: Path, rank: int, peers: list[str], port: int, token: str, engine: str) -> None:
+        self.folder = folder / f"rank{rank}"
+        self.folder.mkdir(exist_ok=True)
+        token_file = self.folder / "token"
+        token_file.write_text(token)
+        self.log = self.folder / "log"
+        self.command = [sys.executable, str(PROGRAM), "--name", "chat", "--rank", str(rank), "--port", str(port)]
+        for peer in peers:
+            self.command += ["--peer", peer]
+        self.command += ["--patience", "4", "--token-file", str(token_file), "--folder", str(self.folder)]
+        self.command += ["--", sys.executable, "-c", engine]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen(self.command, stdout=out, stderr=out, start_new_session=True)
+
+    def engine(self) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            return int((self.folder / "engine.pid").read_text())
+        return 0
+
+    def said(self, text: str) -> bool:
+        return self.log.exists() and text in self.log.read_text()
+
+    def stop(self) -> None:
+        if self.process and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def until(holds: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[Callable[..., list[Rank]]]:
+    """make(number, engine, tokens) -> ranks that are ended after the test."""
+    made: list[Rank] = []
+
+    def make(number: int = 2, engine: str = ENGINE, tokens: tuple[str, ...] = ()) -> list[Rank]:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        peers = [f"host{rank}=127.0.0.{rank + 1}" for rank in range(number)]
+        words = tokens or ("secret",) * number
+        made.extend(Rank(tmp_path, rank, peers, port, words[rank], engine) for rank in range(number))
+        return made
+
+    yield make
+    for rank in made:
+        rank.stop()
+
+
+def test_engines_start_when_all_hosts_are_there_and_stop_together(ranks: Callable[..., list[Rank]]) -> None:
+    first, second, third = ranks(3)
+    third.start()
+    second.start()
+    first.start()
+    until(lambda: first.engine() and second.engine() and third.engine())
+    engine = first.engine()
+    until(lambda: children(engine))
+    below = children(engine)
+    # One host's engine is killed: all end, with what they started, and all start again.
+    os.kill(second.engine(), signal.SIGKILL)
+    until(lambda: first.engine() not in (0, engine) and second.engine() and third.engine(), 30)
+    assert not alive(engine) and not alive(below[0])
+    assert first.said("RankError: rank 1 (host1, 127.0.0.2) ended: status -9: ")
+    # The unit of the first host is stopped: engines end everywhere, and the other hosts wait.
+    engines = [rank.engine() for rank in (first, second, third)]
+    assert first.process
+    first.process.terminate()
+    assert first.process.wait(30) == 0
+    until(lambda: not any(map(alive, engines)))
+    until(lambda: second.said("waiting for rank 0 (host0, 127.0.0.1 port"))
+    assert third.process and third.process.poll() is None
+
+
+def test_no_engine_starts_alone(ranks: Callable[..., list[Rank]]) -> None:
+    first, _ = ranks()
+    first.start()
+    until(lambda: first.said("waiting for rank 1 (host1, 127.0.0.2)"))
+    time.sleep(1)
+    assert first.engine() == 0
+
+
+def test_a_host_that_falls_silent_ends_all_engines(ranks: Callable[..., list[Rank]]) -> None:
+    first, second = ranks()
+    first.start()
+    second.start()
+    until(lambda: first.engine() and second.engine())
+    engine = first.engine()
+    assert second.process
+    os.kill(second.process.pid, signal.SIGSTOP)  # as if the network were cut: connected, and silent
+    until(lambda: first.engine() == 0)
+    assert first.said("stopping all engines: rank 1 (host1, 127.0.0.2): not heard of for 4 s")
+    os.kill(second.process.pid, signal.SIGCONT)
+    until(lambda: first.engine() not in (0, engine) and second.engine(), 40)
+
+
+def test_engines_that_end_again_and_again_are_left_alone(ranks: Callable[..., list[Rank]]) -> None:
+    first, second = ranks(engine="raise SystemExit('ValueError: no room for the model')")
+    first.start()
+    second.start()
+    assert first.process
+    assert first.process.wait(60) == 78
+    lines = first.log.read_text().splitlines()
+    assert lines[-1].endswith("ended: status 1: ValueError: no room for the model")
+    assert lines[-1].startswith("RankError: rank ")
+    assert second.process and second.process.poll() is None
+
+
+def test_another_token_is_refused(ranks: Callable[..., list[Rank]]) -> None:
+    first, second = ranks(tokens=("secret", "wrong"))
+    first.start()
+    second.start()
+    until(lambda: first.said("a connection from 127.0.0.1 is refused: it does not know the token"))
+    assert first.engine() == second.engine() == 0
+
+
+def test_an_address_that_the_host_does_not_have(ranks: Callable[..., list[Rank]]) -> None:
+    first, _ = ranks()
+    first.command[first.command.index("host0=127.0.0.1")] = "host0=203.0.113.7"
+    first.start()
+    assert first.process
+    assert first.process.wait(20) == 1
+    assert first.said("RankError: cannot listen on 203.0.113.7")
+
+
+def test_other_software_is_refused_before_anything_starts(ranks: Callable[..., list[Rank]], tmp_path: Path) -> None:
+    first, second = ranks()
+    package = tmp_path / "site" / "vllm-9.9.9.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 9.9.9\n")
+    first.start()
+    second.command = ["env", f"PYTHONPATH={package.parent}", *second.command]
+    second.start()
+    assert first.process and second.process
+    assert (first.process.wait(20), second.process.wait(20)) == (78, 78)
+    assert first.said("RankError: rank 1 (host1, 127.0.0.2) differs: vllm 9.9.9 there and missing on host0")
