@@ -67,6 +67,8 @@ from typing import Any
 
 from ansible.errors import AnsibleFilterError
 
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.hardware import with_gpus_to_come
+
 # A name becomes part of unit names, folders and shell words.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 BYTES_PER_GIB = 1024**3
@@ -128,7 +130,8 @@ def plan_inputs(
         if info["weights_bytes"]:
             read["weights_gib"] = info["weights_bytes"] / BYTES_PER_GIB
         planned.append({**read, **service})
-    return {"services": planned, "hosts": [{**facts, "name": host} for host, facts in zip(hosts, gpu, strict=True)]}
+    seen = [{**with_gpus_to_come(facts), "name": host} for host, facts in zip(hosts, gpu, strict=True)]
+    return {"services": planned, "hosts": seen}
 
 
 class FilterModule:

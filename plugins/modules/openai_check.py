@@ -320,7 +320,9 @@ def main():
     if failed:
         lines = ["%s (%s)" % (check["name"], check["detail"]) for check in failed]
         module.fail_json(msg="%s does not hold: %s" % (params["base_url"], "; ".join(lines)), checks=checks)
-    answers = dict((check["name"], check["detail"]) for check in checks if not check["detail"].startswith("not offered"))
+    answers = dict(
+        (check["name"], check["detail"]) for check in checks if not check["detail"].startswith("not offered")
+    )
     module.exit_json(changed=False, checks=checks, answer=answers.get("chat", answers.get("completion", "")))
 
 

@@ -121,6 +121,15 @@ def test_unsupported_distribution(tmp_path: Path) -> None:
     assert "is not supported (Plan9 4 are): set preflight_allow_untested_distribution to go on all the same" in output
 
 
+def test_addresses_that_do_not_answer(tmp_path: Path) -> None:
+    output = refuse(tmp_path, *extra(preflight_urls=["http://127.0.0.1:9/"], preflight_free_mib={"/boot": 10**9}))
+    assert "http://127.0.0.1:9/ cannot be reached: Connection refused" in output
+    assert "/boot has" not in output  # nothing has to be installed here
+    output = refuse(tmp_path, *extra(preflight_installation=True, preflight_free_mib={"/boot": 10**9}))
+    assert "/boot has" in output
+    assert "and 1000000000 are needed: remove kernels" in output
+
+
 def test_all_problems_are_told_together(tmp_path: Path) -> None:
     output = refuse(tmp_path, *extra(quickstart_model="/srv/there/is/none", __preflight_supported={"Plan9": ["4"]}))
     assert "is not supported" in output

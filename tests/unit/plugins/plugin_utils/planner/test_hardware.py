@@ -14,6 +14,7 @@ from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.hardware im
     natural,
     parse_host,
     parse_hosts,
+    with_gpus_to_come,
 )
 
 A10 = {"index": 0, "uuid": "GPU-1", "name": "NVIDIA A10", "memory_total_mib": 23028, "compute_capability": "8.6"}
@@ -174,3 +175,36 @@ def test_cards_of_one_name_are_told_apart_by_memory() -> None:
     assert (gpu_row(name, 11264) or {})["name"] == "RTX-2080-Ti"
     assert (gpu_row(name, 22528) or {})["name"] == "RTX-2080-Ti-22GB"
     assert gpu_row("NVIDIA Nothing") is None
+
+
+V100 = {
+    "address": "0000:01:00.0",
+    "name": "Tesla V100-PCIE-32GB",
+    "memory_total_mib": 32768,
+    "compute_capability": "7.0",
+    "kernel_module": "proprietary",
+}
+
+
+@pytest.mark.parametrize("state", ["no_driver", "mismatch"])
+def test_gpus_are_planned_before_their_driver_is_there(state: str) -> None:
+    facts = {"gpus": [], "pci": [V100, V100], "state": state, "driver_version": None, "device": "cpu", "cpu": {}}
+    host = parse_host({**with_gpus_to_come(facts), "name": "h"}, "h")
+    assert [(gpu.index, gpu.capability, gpu.memory_total_mib) for gpu in host.gpus] == [
+        (0, (7, 0), 32768),
+        (1, (7, 0), 32768),
+    ]
+    assert host.driver_version is None
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"gpus": [], "pci": [], "state": "no_gpu"},
+        {"gpus": [], "pci": [V100], "state": "hung"},  # it has a driver, and something is wrong
+        {"gpus": [], "pci": [V100, {**V100, "memory_total_mib": None}], "state": "no_driver"},
+        {"gpus": [{"index": 0}], "pci": [V100], "state": "ok"},
+    ],
+)
+def test_other_hosts_are_planned_as_they_are(facts: dict[str, Any]) -> None:
+    assert with_gpus_to_come(facts) == facts
