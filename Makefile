@@ -4,7 +4,7 @@ MODEL ?=
 PORT ?=
 quickstart_vars := $(if $(MODEL),-e quickstart_model='$(MODEL)') $(if $(PORT),-e quickstart_port='$(PORT)')
 
-.PHONY: help quickstart quickstart-down test lint unit quality integration molecule soak docker-here
+.PHONY: help quickstart quickstart-down test lint unit quality integration molecule soak docker-here test-vm test-dkms
 
 help: ## List the targets
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /  make \1\t/' | expand -t 44
@@ -32,6 +32,13 @@ molecule: ## Container scenarios (SCENARIOS="docker docker_refusals")
 soak: ## 240 random faults and kills while models are fetched (FAULTS=1000 SEED=7)
 	@scripts/controller.sh requirements-dev.txt
 	@BAREMETAL_SOAK_FAULTS=$(or $(FAULTS),240) BAREMETAL_SOAK_SEED=$(or $(SEED),1) .venv/bin/pytest -q -s tests/integration/test_model_soak.py
+test-vm: ## A real kernel in QEMU: nouveau, initramfs, DKMS, reboots (as root; 8 to 15 minutes)
+	@scripts/controller.sh requirements-dev.txt
+	@.venv/bin/pytest tests/vm
+
+test-dkms: ## NVIDIA's own source built by the driver's role (Debian non-free; 5 to 10 minutes)
+	@scripts/controller.sh requirements-dev.txt
+	@molecule/run.sh nvidia_source
 
 docker-here: ## Install and start Docker Engine on this machine through the role docker
 	@scripts/controller.sh requirements-dev.txt

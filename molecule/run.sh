@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # Runs molecule scenarios one after the other and ends with one line of counts.
 #
-#   molecule/run.sh [SCENARIO...]     all of them without an argument
+#   molecule/run.sh [SCENARIO...]     without an argument all of them but those with a file `slow`
 #
 # Installs and starts Docker Engine on this machine by the collection's own role where none answers. What a scenario
 # prints goes to .cache/molecule/SCENARIO.log; of one that fails, the end is shown here too.
@@ -17,7 +17,10 @@ export BAREMETAL_TEST_PIP_ARGUMENTS
 
 scenarios=("$@")
 if [[ ${#scenarios[@]} -eq 0 ]]; then
-  for file in molecule/*/molecule.yml; do scenarios+=("$(basename "$(dirname "$file")")"); done
+  for file in molecule/*/molecule.yml; do
+    folder=$(dirname "$file")
+    [[ -f $folder/slow ]] || scenarios+=("$(basename "$folder")")
+  done
 fi
 for scenario in "${scenarios[@]}"; do
   if [[ ! -f molecule/$scenario/molecule.yml ]]; then

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """What a test host needs to install Python packages as this machine does.
 
-    pip_here.py --run-arguments   arguments for docker run: this machine's certificates, and folders that pip is told of
-    pip_here.py --conf            content for the host's /etc/pip.conf
+pip_here.py --run-arguments   arguments for docker run: this machine's certificates, and folders that pip is told of
+pip_here.py --conf            content for the host's /etc/pip.conf
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ def settings() -> dict[str, list[str]]:
     """pip's settings that say where packages come from; those of the environment win, as they do in pip."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     found = {}
-    for line in sorted(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines(), reverse=True):
+    for line in sorted(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines(), reverse=True
+    ):
         key, _, value = line.partition("=")
         name = key.removeprefix(":env:.").removeprefix("global.").removeprefix("install.")
         if name in KEYS:

@@ -113,12 +113,12 @@ class Guest:
             text=True,
         )
 
-    def monitor(self, name: str, **arguments: object) -> None:
+    def monitor(self, execute: str, **arguments: object) -> None:
         """One command of QEMU's monitor."""
         with socket.socket(socket.AF_UNIX) as line:
             line.connect(str(self.folder / "qmp"))
             stream = line.makefile("rw")
-            for command in ({"execute": "qmp_capabilities"}, {"execute": name, "arguments": arguments}):
+            for command in ({"execute": "qmp_capabilities"}, {"execute": execute, "arguments": arguments}):
                 stream.write(json.dumps(command) + "\n")
                 stream.flush()
                 while "return" not in (answer := json.loads(stream.readline())):

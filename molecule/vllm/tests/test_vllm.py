@@ -55,7 +55,12 @@ def test_secrets_are_for_the_service_alone(host):
     key = key_of(host)
     assert key.startswith("sk-")
     assert len(key) > 40
-    for seen in ("ps -eo args", f"systemctl show {UNIT}", f"systemctl cat {UNIT}", "journalctl --no-pager --output=cat"):
+    for seen in (
+        "ps -eo args",
+        f"systemctl show {UNIT}",
+        f"systemctl cat {UNIT}",
+        "journalctl --no-pager --output=cat",
+    ):
         assert key not in host.check_output(seen)
 
 
