@@ -106,6 +106,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 from ansible.module_utils.basic import AnsibleModule
 
 PROXY_REFUSES = 407
+DNF_LISTS = ("/var/cache/dnf/*/repodata/repomd.xml", "/var/cache/libdnf5/*/repodata/repomd.xml")
 
 
 def why_not(error):
@@ -209,9 +210,9 @@ def apt_headers(module, package, proxies, timeout):
 
 
 def dnf_headers(module, package):
-    # From the cache: fetching lists would be a change.
+    # From the cache: fetching lists would be a change. Without one dnf ends well and finds nothing.
     status, text = run(module, ["dnf", "-q", "-C", "repoquery", package])
-    if status != 0:
+    if status != 0 or not any(glob.glob(path) for path in DNF_LISTS):
         return "unknown", "the host has no package lists yet"
     # It prints the package with its epoch: kernel-devel-0:5.14.0-503.el9.x86_64.
     return ("available", "") if re.search(r"^kernel-devel-\d+:", text, re.M) else ("missing", "")

@@ -148,6 +148,10 @@ def test_dnf_standin(run_module: Callable[..., Any], tmp_path: Path, monkeypatch
     known = '"-q -C repoquery kernel-devel-1") echo kernel-devel-0:1.x86_64;; "-q -C repoquery "*) ;;'
     script = f'case "$*" in {known} *) exit 1;; esac'
     standin_programs(tmp_path, monkeypatch, dnf=script)
+    monkeypatch.setattr(preflight_probe, "DNF_LISTS", (f"{tmp_path}/repomd.xml",))
+    row = run_module(preflight_probe, kernels=["1"], sources=False)["headers"]["1"]
+    assert (row["state"], row["detail"]) == ("unknown", "the host has no package lists yet")
+    (tmp_path / "repomd.xml").touch()
     result = run_module(preflight_probe, kernels=["1", "2"], sources=False)
     assert {kernel: row["state"] for kernel, row in result["headers"].items()} == {"1": "available", "2": "missing"}
 
