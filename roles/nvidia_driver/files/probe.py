@@ -6,9 +6,10 @@ host with its own Python (3.6 at the oldest) and the standard library alone.
 
 Argument: a JSON object {"kernel": release that modules are built for, empty for the running one, "module": its name
 in the module tree, "packages": [names whose installed version is asked for, beside the kernel's], "foreign": regular expression of packages
-that bring a driver, "files": [paths whose sha256 is asked for], "units": [units asked about], "folders": [paths whose
-free space is asked for], "smi_timeout": seconds}.
+that bring a driver, "files": [paths whose sha256 is asked for], "units": [units asked about], "folders": {path: MiB
+that it needs}, "smi_timeout": seconds}.
 """
+
 import glob
 import hashlib
 import json
@@ -32,16 +33,23 @@ INSTALLER_LOG = "/var/lib/nvidia/log"
 ALTERNATE = "/usr/lib/nvidia/alternate-install-present"
 KERNEL_PACKAGES = re.compile(r"linux-(headers|image)-|kernel(-core|-devel|-modules)?$")
 # One key a distribution: the pair that its dkms signs with.
-KEYS = (("/var/lib/shim-signed/mok/MOK.priv", "/var/lib/shim-signed/mok/MOK.der"),
-        ("/var/lib/dkms/mok.key", "/var/lib/dkms/mok.pub"))
+KEYS = (
+    ("/var/lib/shim-signed/mok/MOK.priv", "/var/lib/shim-signed/mok/MOK.der"),
+    ("/var/lib/dkms/mok.key", "/var/lib/dkms/mok.pub"),
+)
 
 
 def run(*argv, **options):
     """(status, output of both streams); status None where the command is missing or hangs."""
     try:
         done = subprocess.run(
-            argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True,  # noqa: UP021,UP022
-            timeout=options.get("timeout", 60), env=dict(os.environ, LC_ALL="C", PATH=PATHS), check=False,
+            argv,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            universal_newlines=True,  # noqa: UP021
+            timeout=options.get("timeout", 60),
+            env=dict(os.environ, LC_ALL="C", PATH=PATHS),
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None, ""
@@ -121,10 +129,14 @@ def dkms_rows(text, module):
     for line in text.splitlines():
         found = re.match(r"(\S+?)(?:/|, )([^,:\s]+)(?:, ([^,]+), [^:]+)?: (\S+)", line.strip())
         if found and found.group(1) in (module, "nvidia-current", "nvidia-open"):
-            rows.append({
-                "module": found.group(1), "version": found.group(2), "kernel": found.group(3) or "",
-                "state": found.group(4),
-            })
+            rows.append(
+                {
+                    "module": found.group(1),
+                    "version": found.group(2),
+                    "kernel": found.group(3) or "",
+                    "state": found.group(4),
+                }
+            )
     return rows
 
 
@@ -186,7 +198,7 @@ def next_kernel(running):
     default = output("grubby", "--default-kernel").strip() if shutil.which("grubby", path=PATHS) else ""
     if default:
         return re.sub(r"^.*/vmlinuz-", "", default)
-    releases = [os.path.basename(path)[len("vmlinuz-"):] for path in glob.glob(BOOT + "/vmlinuz-*")]
+    releases = [os.path.basename(path)[len("vmlinuz-") :] for path in glob.glob(BOOT + "/vmlinuz-*")]
     releases = [name for name in releases if os.path.isdir(os.path.join(KERNELS, name))]
     return max(releases, key=version_key) if releases else running
 
@@ -282,7 +294,11 @@ def held():
     """Packages that updates leave alone."""
     if shutil.which("apt-mark", path=PATHS):
         return sorted(output("apt-mark", "showhold").split())
-    return sorted(line.strip() for line in read("/etc/dnf/plugins/versionlock.list").splitlines() if line.strip()[:1] not in ("", "#"))
+    return sorted(
+        line.strip()
+        for line in read("/etc/dnf/plugins/versionlock.list").splitlines()
+        if line.strip()[:1] not in ("", "#")
+    )
 
 
 def units(names):
@@ -308,12 +324,21 @@ def sha256(path):
         return ""
 
 
-def space(path):
-    """Free MiB where a folder is or will be, and whether programs may be run from there."""
+def short_of_space(folders):
+    """One line for each folder, there or to be made, that has less room than it needs."""
+    lines = []
+    for path, needed in sorted(folders.items()):
+        state = os.statvfs(existing(path))
+        free = state.f_bavail * state.f_frsize // 1048576
+        if free < needed:
+            lines.append("%s has %d MiB free of %d needed" % (path, free, needed))
+    return lines
+
+
+def existing(path):
     while not os.path.isdir(path):
         path = os.path.dirname(path)
-    state = os.statvfs(path)
-    return {"free_mib": state.f_bavail * state.f_frsize // 1048576, "noexec": bool(state.f_flag & os.ST_NOEXEC)}
+    return path
 
 
 def main():
@@ -324,41 +349,50 @@ def main():
     gpus, switches = pci()
     installed = packages()
     status = dkms_rows(output("dkms", "status"), asked["module"]) if shutil.which("dkms", path=PATHS) else []
-    print(json.dumps({
-        "running_kernel": running,
-        "kernel": kernel,
-        "next_kernel": following,
-        "gpus": gpus,
-        "nvswitches": len(switches) or len(glob.glob(NVSWITCH + "/*")),
-        "loaded": loaded(),
-        "modules": modules(),
-        "module": on_disk(kernel),
-        "next_module": on_disk(following) if following != kernel else {},
-        "dkms": status,
-        "broken_dkms": broken_dkms(asked["module"]),
-        "userspace": userspace(),
-        "smi": smi(asked["smi_timeout"]) if gpus else {"version": "", "gpus": 0, "error": "there is no GPU"},
-        "uninstaller": shutil.which("nvidia-uninstall", path=PATHS) or "",
-        "runfile_version": (read(INSTALLER_LOG).splitlines() or [""])[0].strip(),
-        "alternate": os.path.exists(ALTERNATE),
-        "foreign": sorted(name for name in installed if re.match(asked["foreign"], name)),
-        "compiler": compiler(kernel),
-        "headers": headers(kernel),
-        "next_headers": headers(following),
-        "secure_boot": secure_boot(),
-        "signing_key": signing_key(),
-        "users": users(),
-        "x_servers": x_servers(),
-        "packages": {
-            name: version for name, version in installed.items() if name in asked["packages"] or KERNEL_PACKAGES.match(name)
-        },
-        "held": held(),
-        "units": units(asked["units"]),
-        "files": {path: sha256(path) for path in asked["files"]},
-        "folders": {path: space(path) for path in asked["folders"]},
-        # dnf fetches its lists when it needs them, apt only when told to.
-        "package_lists": not shutil.which("apt-get", path=PATHS) or bool(glob.glob("/var/lib/apt/lists/*Packages*")),
-    }, sort_keys=True))
+    print(
+        json.dumps(
+            {
+                "running_kernel": running,
+                "kernel": kernel,
+                "next_kernel": following,
+                "gpus": gpus,
+                "nvswitches": len(switches) or len(glob.glob(NVSWITCH + "/*")),
+                "loaded": loaded(),
+                "modules": modules(),
+                "module": on_disk(kernel),
+                "next_module": on_disk(following) if following != kernel else {},
+                "dkms": status,
+                "broken_dkms": broken_dkms(asked["module"]),
+                "userspace": userspace(),
+                "smi": smi(asked["smi_timeout"]) if gpus else {"version": "", "gpus": 0, "error": "there is no GPU"},
+                "uninstaller": shutil.which("nvidia-uninstall", path=PATHS) or "",
+                "runfile_version": (read(INSTALLER_LOG).splitlines() or [""])[0].strip(),
+                "alternate": os.path.exists(ALTERNATE),
+                "foreign": sorted(name for name in installed if re.match(asked["foreign"], name)),
+                "compiler": compiler(kernel),
+                "headers": headers(kernel),
+                "next_headers": headers(following),
+                "secure_boot": secure_boot(),
+                "signing_key": signing_key(),
+                "users": users(),
+                "x_servers": x_servers(),
+                "packages": {
+                    name: version
+                    for name, version in installed.items()
+                    if name in asked["packages"] or KERNEL_PACKAGES.match(name)
+                },
+                "held": held(),
+                "units": units(asked["units"]),
+                "files": {path: sha256(path) for path in asked["files"]},
+                "short": short_of_space(asked["folders"]),
+                "noexec": [path for path in asked["folders"] if os.statvfs(existing(path)).f_flag & os.ST_NOEXEC],
+                # dnf fetches its lists when it needs them, apt only when told to.
+                "package_lists": not shutil.which("apt-get", path=PATHS)
+                or bool(glob.glob("/var/lib/apt/lists/*Packages*")),
+            },
+            sort_keys=True,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 Argument: a JSON object {"users": rows of probe.py, "units": [the driver's own daemons], "stop": consent to stop the
 former, "seconds": how long a process may take to end}. Runs with Python 3.6 and the standard library alone.
 """
+
 import json
 import os
 import signal
@@ -22,8 +23,12 @@ def run(*argv):
     """(success, output of both streams)."""
     try:
         done = subprocess.run(
-            argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True,  # noqa: UP021,UP022
-            env=dict(os.environ, LC_ALL="C", PATH=PATHS), check=False,
+            argv,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            universal_newlines=True,  # noqa: UP021
+            env=dict(os.environ, LC_ALL="C", PATH=PATHS),
+            check=False,
         )
     except OSError as error:
         return False, str(error)
