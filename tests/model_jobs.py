@@ -61,6 +61,17 @@ def run(job: Any) -> tuple[bool, Any]:
         lock.release()
 
 
+def work_here(job: Any) -> Any:
+    """The status of the work, done in this process from start to end, neighbours included."""
+    staging = place_of(job).staging(job["model"]["commit"])
+    Path(staging).parent.mkdir(parents=True, exist_ok=True)
+    status = model_transfer.Status(f"{staging}.json", sum(entry["size"] for entry in job["model"]["files"]))
+    lock = model_store.Lock(f"{staging}.lock")
+    assert lock.take()
+    model_transfer.work(job, lock, status)
+    return status.facts
+
+
 def spawn(job: Any) -> int:
     """Process id of the work in a process of its own, which a test may kill."""
     staging = place_of(job).staging(job["model"]["commit"])

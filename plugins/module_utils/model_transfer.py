@@ -732,7 +732,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         offset = int(wanted[6:-1])
         # Waits for a worthwhile piece, but not for long: the neighbour wants to know that there is somebody.
-        piece, deadline = min(entry["size"], offset + MIB), time.time() + 2
+        piece, deadline = min(entry["size"], offset + BLOCK), time.time() + 2
         name, size = fetch.find(path)
         while size < piece and time.time() < deadline:
             time.sleep(0.02)

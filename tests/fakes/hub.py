@@ -204,7 +204,7 @@ class Hub(Server):
         if file is None:
             return _error(404, "EntryNotFound", "Entry not found")
         headers = {"X-Repo-Commit": commit, "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
-        if not file.lfs:
+        if not file.lfs or self.direct:
             return _ranged(file, request.headers.get("Range"), headers)
         linked = {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.data))}
         if self.xet:

@@ -145,7 +145,8 @@ class Soak:
                 self.successes += 1
                 break
         else:
-            pytest.fail(f"model {number} is not there after 40 runs: {kinds}, {self.hub.faults}")
+            status = Path(model_jobs.place_of(job).staging(job["model"]["commit"]) + ".json").read_text()
+            pytest.fail(f"model {number} is not there after 40 runs: {status}")
         self.models += 1
 
     def commit(self, name: str, source: str) -> str:
