@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -99,10 +98,9 @@ class Hub(Server):
     def __init__(self, port: int = 0, host: str = "127.0.0.1") -> None:
         super().__init__(port, host)
         self.link: Link | None = None  # what all answers go through
-        self.lock = threading.Lock()
-        self.xet = (
-            False  # whether weights are told to be in Xet storage, as most are today; it serves them by HTTP, too
-        )
+        # Whether weights are told to be in Xet storage, as most are today. They are served by HTTP, too.
+        self.xet = False
+        self.direct = False  # whether weights are sent at once, without the redirect to storage
         self.repositories: dict[str, Repository] = {}
         self.faults: list[Fault] = []
 
