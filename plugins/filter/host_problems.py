@@ -88,8 +88,15 @@ def _network(probe: dict[str, Any]) -> Iterator[str]:
 
 def _gpu(gpu: dict[str, Any]) -> Iterator[str]:
     # Without a driver, or with two versions of it, nothing is wrong that the role nvidia_driver does not put right.
-    if gpu["state"] == "hung" or (gpu["state"] == "ok" and gpu["problem"]):
+    if gpu["state"] == "hung":
         yield gpu["problem"]
+    for one in gpu["gpus_unusable"]:
+        yield f"GPU {one['index']} ({one['name']}) cannot be used: {one['reason']}; reset or replace it, or reboot"
+    for address in gpu["gpus_lost"]:
+        yield (
+            f"the driver does not list the GPU {address}, although it holds it: look for 'NVRM: Xid' in the kernel log (79 is a "
+            "fall off the bus), then power the host off and on, or replace the GPU"
+        )
 
 
 def host_problems(probe: dict[str, Any], gpu: dict[str, Any], settings: dict[str, Any]) -> list[str]:

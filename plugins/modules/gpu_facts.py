@@ -108,6 +108,10 @@ ansible_facts:
           description: GPUs that the driver lists without what is needed to use them, C(index), C(name) and C(reason).
           type: list
           elements: dict
+        gpus_lost:
+          description: PCI addresses of GPUs that the driver holds and does not list, as after a fall off the bus.
+          type: list
+          elements: str
         links:
           description: C(links[i][j]) is how GPU i reaches GPU j as C(nvidia-smi topo -m) names it, such as V(NV18), V(PHB) or V(SYS).
           type: list
@@ -699,10 +703,11 @@ def lost_gpus(pci, gpus):
     return [gpu["address"] for gpu in pci if gpu["driver"] == "nvidia" and bus_id(gpu["address"]) not in seen]
 
 
-def ask_driver(facts, nvidia_smi, timeout, own, root):
+def ask_driver(facts, nvidia_smi, timeout, own, users, root):
     """Fills in what only the driver knows. Raises SmiError; what was learnt before that stays."""
     gpus, problems = query_gpus(nvidia_smi, timeout)
     facts["problem"] = "; ".join(problems)
+    facts["gpus_lost"] = [] if problems else lost_gpus(facts["pci"], gpus)
     gpus, facts["gpus_unusable"] = usable(gpus, facts["pci"])
     facts["driver_version"] = next((gpu["driver_version"] for gpu in gpus if gpu["driver_version"]), None)
     for gpu in gpus:
@@ -711,9 +716,9 @@ def ask_driver(facts, nvidia_smi, timeout, own, root):
     facts["gpus"] = gpus
     facts["device"] = "cuda" if gpus else "cpu"
     bad = ["GPU %s (%s): %s" % (gpu["index"], gpu["name"], gpu["reason"]) for gpu in facts["gpus_unusable"]]
-    lost = lost_gpus(facts["pci"], gpus) if not bad else []
-    if lost:
-        bad.append("on the PCI bus but not in nvidia-smi: %s; look for 'NVRM' in the kernel log" % ", ".join(lost))
+    if facts["gpus_lost"]:
+        lost = ", ".join(facts["gpus_lost"])
+        bad.append("on the PCI bus but not in nvidia-smi: %s; look for 'NVRM' in the kernel log" % lost)
     facts["problem"] = "; ".join(problems + bad)
     facts["state"] = "ok" if gpus else "failed"
     rows = []
@@ -727,7 +732,7 @@ def ask_driver(facts, nvidia_smi, timeout, own, root):
     forget_own(gpus, rows, own)
     for part in (part for gpu in gpus for part in gpu["mig_devices"]):
         del part["gpu_instance"]
-    facts["processes"] = gpu_processes(rows, device_users(root), own, root)
+    facts["processes"] = gpu_processes(rows, users, own, root)
     if len(gpus) > 1:
         indices = [gpu["index"] for gpu in gpus]
         facts["links"] = parse_matrix(smi(nvidia_smi, ["topo", "-m"], timeout), indices)
@@ -735,7 +740,7 @@ def ask_driver(facts, nvidia_smi, timeout, own, root):
 
 
 def collect(nvidia_smi, timeout, root="/", own_paths=(), catalog=None):
-    own = own_processes(own_paths, root)
+    own, users = own_processes(own_paths, root), device_users(root)
     pci, switches = pci_devices(root, catalog or {})
     kernel = kernel_facts(root)
     loaded = [name for name in OPEN_MODULES if os.path.isdir(os.path.join(root, "sys/module", name))]
@@ -746,9 +751,10 @@ def collect(nvidia_smi, timeout, root="/", own_paths=(), catalog=None):
         "problem": "",
         "gpus": [],
         "gpus_unusable": [],
+        "gpus_lost": [],
         "links": [],
         "p2p": [],
-        "processes": gpu_processes([], device_users(root), own, root),
+        "processes": gpu_processes([], users, own, root),
         "pci": pci,
         "nvswitches": switches,
         # A driver without a module is built into the kernel under its own name.
@@ -763,7 +769,7 @@ def collect(nvidia_smi, timeout, root="/", own_paths=(), catalog=None):
         "cpu": cpu_facts(own, root),
     }
     try:
-        ask_driver(facts, nvidia_smi, timeout, own, root)
+        ask_driver(facts, nvidia_smi, timeout, own, users, root)
     except SmiError as error:
         # Without a GPU on the bus, a missing nvidia-smi is no problem but the plain answer "cpu".
         if facts["pci"] or facts["gpus"]:

@@ -64,7 +64,7 @@ rm -r "$root/usr/src/fakegpu"
 chroot "$root" systemctl --quiet enable systemd-networkd ssh
 chroot "$root" systemctl --quiet mask apt-daily.timer apt-daily-upgrade.timer e2scrub_all.timer systemd-timesyncd systemd-networkd-wait-online
 
-truncate -s 6G "$folder/disk.img"
+truncate -s 40G "$folder/disk.img" # as much as a server needs; what is empty takes no room
 mke2fs -q -t ext4 -O ^metadata_csum_seed,^orphan_file -E lazy_itable_init=0 -d "$root" "$folder/disk.img"
 printf 'set root=(hd0)\nlinux /vmlinuz root=/dev/vda rw console=ttyS0 panic=5 net.ifnames=0\ninitrd /initrd.img\nboot\n' >"$folder/grub.cfg"
 grub-mkimage -O i386-pc -p / -c "$folder/grub.cfg" -o "$folder/core.img" biosdisk ext2 linux normal

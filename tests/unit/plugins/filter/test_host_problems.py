@@ -13,6 +13,8 @@ KERNEL = "6.8.0-60-generic"
 GPU = {
     "state": "no_driver",
     "problem": "cannot run nvidia-smi",
+    "gpus_unusable": [],
+    "gpus_lost": [],
     "kernel": {"running": KERNEL, "next": "6.8.0-65-generic"},
 }
 SETTINGS = {"accept": [], "free_mib": {"/boot": 150, "/var": 1024}, "clock_tolerance_s": 300}
@@ -84,18 +86,21 @@ def test_headers_that_may_be_had_are_no_problem(state: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "problem", "lines"),
+    ("changes", "lines"),
     [
-        ("ok", "", 0),
-        ("ok", "GPU 3 fell off", 1),
-        ("hung", "no answer within 30 s", 1),
-        ("no_driver", "cannot run nvidia-smi", 0),  # the role nvidia_driver brings it
-        ("mismatch", "module 535, library 580", 0),  # and puts this right
+        ({"state": "ok"}, 0),
+        ({"state": "ok", "problem": "topo failed"}, 0),  # the planner has the catalog
+        ({"state": "no_driver", "problem": "cannot run nvidia-smi"}, 0),  # the role nvidia_driver brings it
+        ({"state": "mismatch", "problem": "module 535, library 580"}, 0),  # and puts this right
+        ({"state": "hung", "problem": "no answer within 30 s"}, 1),
+        ({"state": "ok", "gpus_lost": ["0000:03:00.0", "0000:04:00.0"]}, 2),
+        ({"state": "ok", "gpus_unusable": [{"index": 1, "name": "NVIDIA A10", "reason": "no memory.total"}]}, 1),
     ],
 )
-def test_gpus_in_trouble(state: str, problem: str, lines: int) -> None:
-    gpu = {**GPU, "state": state, "problem": problem}
-    assert host_problems(probe(), gpu, SETTINGS) == [f"{problem} [gpu]"] * lines
+def test_gpus_in_trouble(changes: dict[str, Any], lines: int) -> None:
+    found = host_problems(probe(), {**GPU, "problem": "", **changes}, SETTINGS)
+    assert len(found) == lines
+    assert all(line.endswith("[gpu]") for line in found)
 
 
 def test_all_at_once() -> None:
