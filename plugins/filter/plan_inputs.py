@@ -43,6 +43,10 @@ options:
         refused, as it would be planned onto the hosts that happen to be there, and one of other hosts is left out.
     type: list
     elements: str
+  drivers:
+    description: For each of O(hosts) the NVIDIA driver that it is going to have, empty where it keeps what it has.
+    type: list
+    elements: str
 author:
   - baremetal.vllm maintainers (@baremetal-vllm)
 """
@@ -114,6 +118,7 @@ def plan_inputs(
     models: list[dict[str, Any]],
     runtime: str = "venv",
     all_hosts: list[str] | None = None,
+    drivers: list[str] | None = None,
 ) -> dict[str, Any]:
     check_names(services)
     limited = all_hosts is not None and set(all_hosts) != set(hosts)
@@ -130,7 +135,11 @@ def plan_inputs(
         if info["weights_bytes"]:
             read["weights_gib"] = info["weights_bytes"] / BYTES_PER_GIB
         planned.append({**read, **service})
-    seen = [{**with_gpus_to_come(facts), "name": host} for host, facts in zip(hosts, gpu, strict=True)]
+    to_be = drivers or [""] * len(hosts)
+    seen = [
+        {**with_gpus_to_come(facts, driver), "name": host}
+        for host, facts, driver in zip(hosts, gpu, to_be, strict=True)
+    ]
     return {"services": planned, "hosts": seen}
 
 

@@ -110,18 +110,18 @@ def pci_catalog() -> dict[str, Any]:
     return {"devices": devices, "architectures": data["architectures"]}
 
 
-def with_gpus_to_come(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts of a host whose GPUs have no driver yet, with ``gpus`` as they will be; others as they are.
+def with_gpus_to_come(facts: Mapping[str, Any], driver: str = "") -> dict[str, Any]:
+    """Facts of a host as it will be once it has ``driver`` (nothing: no change), with the GPUs that have none yet.
 
     What the catalog does not know by its PCI device id cannot be planned before the driver is there.
     """
     pci = facts.get("pci") or []
     known = all(gpu.get("memory_total_mib") and gpu.get("compute_capability") for gpu in pci)
     if facts.get("gpus") or not pci or not known or facts.get("state") not in ("no_driver", "mismatch"):
-        return dict(facts)
+        return {**facts, "driver_version": driver} if driver and facts.get("gpus") else dict(facts)
     keys = ("name", "memory_total_mib", "compute_capability")
     gpus = [{"index": index, "uuid": "", **{key: gpu[key] for key in keys}} for index, gpu in enumerate(pci)]
-    return {**facts, "gpus": gpus, "device": "cuda", "driver_version": None, "links": [], "p2p": []}
+    return {**facts, "gpus": gpus, "device": "cuda", "driver_version": driver or None, "links": [], "p2p": []}
 
 
 # ----------------------------------------------------------------------------------------------------- from facts

@@ -8,6 +8,7 @@ import pytest
 from ansible.errors import AnsibleError, AnsibleFilterError
 
 from ansible_collections.baremetal.vllm.plugins.filter.plan_inputs import plan_inputs
+from ansible_collections.baremetal.vllm.plugins.filter.vllm_plan import vllm_plan
 
 CONFIG = {"architectures": ["LlamaForCausalLM"]}
 
@@ -70,6 +71,21 @@ def test_a_model_that_nobody_can_read_is_left_to_the_preflight() -> None:
     models = [{"chat": reading(problem="no such model"), "other": reading()}]
     result = plan_inputs(services, ["gpu0"], [{}], models)
     assert [service["name"] for service in result["services"]] == ["other"]
+
+
+def test_an_image_is_refused_that_the_driver_to_be_cannot_run() -> None:
+    """Before it is installed: vLLM 0.33 is built for CUDA 13, which wants branch 580."""
+    gpu = {"name": "NVIDIA A10", "memory_total_mib": 23028, "compute_capability": "8.6"}
+    facts = {"gpus": [], "pci": [gpu], "state": "no_driver", "driver_version": None, "cpu": {}}
+    service = {"name": "chat", "model": "Qwen/Qwen2.5-7B-Instruct", "engine_version": "0.33.0", "max_model_len": 4096}
+    info = {"chat": {"model": service["model"], "source": "path", "path": "/m", "problem": "no", "config": {}}}
+
+    def problems(driver: str) -> str:
+        inputs = plan_inputs([service], ["h"], [facts], [info], drivers=[driver])
+        return " ".join(vllm_plan([service], inputs["hosts"])["problems"])
+
+    assert "needs driver 580.65.06 or newer, the host has 535.309.01" in problems("535.309.01")
+    assert problems("580.159.04") == ""
 
 
 def test_hosts_keep_their_names() -> None:

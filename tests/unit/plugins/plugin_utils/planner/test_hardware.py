@@ -208,3 +208,11 @@ def test_gpus_are_planned_before_their_driver_is_there(state: str) -> None:
 )
 def test_other_hosts_are_planned_as_they_are(facts: dict[str, Any]) -> None:
     assert with_gpus_to_come(facts) == facts
+
+
+def test_a_host_is_planned_with_the_driver_that_it_will_have() -> None:
+    bare = {"gpus": [], "pci": [V100], "state": "no_driver", "driver_version": None}
+    assert with_gpus_to_come(bare, "580.159.04")["driver_version"] == "580.159.04"
+    old = {"gpus": [A10], "pci": [], "state": "ok", "driver_version": "535.261.03"}
+    assert with_gpus_to_come(old, "580.159.04") == {**old, "driver_version": "580.159.04"}
+    assert with_gpus_to_come(old) == old
