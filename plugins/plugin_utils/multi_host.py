@@ -146,13 +146,16 @@ def spread(
         "address": addresses[host],
         "token_file": token_file,
         "environment": here,
+        "firewall_ports": _firewall_ports(ports),
     }
     env = {**here, **service["env"]}
     if span["executor"] == "ray" and service["venv"]:
         # An environment of its own, so that services without Ray keep theirs.
         venv = {**service["venv"], "path": f"{service['venv']['path']}-ray", "ray": True}
         python = f"{venv['path']}/bin/python"
-        service = {**service, "venv": venv, "python": python, "command": [python, *service["command"][1:]]}
+        told = {**service["told"], "python": [python]}
+        service = {**service, "venv": venv, "python": python, "told": told}
+        service["command"] = [python, *service["command"][1:]]
     python = service["python"]
     if span["executor"] == "ray":
         address = f"{addresses[span['hosts'][0]]}:{ports['gcs']}"

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What a service over several hosts runs on each of them, by real plans."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from test_host_services import HOSTS, SETTINGS, service
+
+from ansible_collections.baremetal.vllm.plugins.filter.host_services import host_services
+from ansible_collections.baremetal.vllm.plugins.filter.vllm_plan import vllm_plan
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.multi_host import kept_home, ray_ports, spans
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.hardware import hosts_from_text
+
+PLACES = {
+    "one": {"address": "10.0.0.1", "interface": "eth1"},
+    "two": {"address": "10.0.0.2", "interface": "ens3"},
+}
+NETWORK = {"chat": {"hosts": PLACES, "problems": []}}
+CPU_SERVICE = service(hosts=["one", "two"], tensor_parallel_size=2)
+
+
+def on(host: str, asked: dict[str, Any], hosts: list[dict[str, Any]], **settings: Any) -> dict[str, Any]:
+    names = settings.pop("order", [one["name"] for one in hosts])
+    plan = vllm_plan([asked], hosts)
+    assert plan["fits"], plan["problems"]
+    (found,) = host_services(plan, host, [asked], {**SETTINGS, "hosts": names, "network": NETWORK, **settings})
+    return found
+
+
+def after(command: list[str], flag: str) -> str:
+    return command[command.index(flag) + 1]
+
+
+def gpu_hosts(number: int = 2, gpus: str = "2x V100-PCIE-16GB no-p2p") -> list[dict[str, Any]]:
+    names = ["one", "two", "three"]
+    return [{**host, "name": names[n]} for n, host in enumerate(hosts_from_text(f"{number}x({gpus})"))]
+
+
+def test_mp_runs_vllm_on_every_host_behind_a_keeper() -> None:
+    head, rank = (on(host, CPU_SERVICE, HOSTS) for host in ("one", "two"))
+    assert (head["headless"], rank["headless"]) == (False, True)
+    for number, svc in enumerate((head, rank)):
+        command = svc["command"]
+        keeper, server = command[: command.index("--")], command[command.index("--") + 1 :]
+        assert keeper[1] == "/opt/vllm/lib/baremetal_ranks.py"
+        assert [keeper[place + 1] for place, word in enumerate(keeper) if word == "--peer"] == [
+            "one=10.0.0.1",
+            "two=10.0.0.2",
+        ]
+        assert after(keeper, "--rank") == after(server, "--node-rank") == str(number)
+        assert after(keeper, "--token-file") == "/etc/vllm/chat/cluster_token"
+        assert server[1:4] == ["/opt/vllm/lib/baremetal_vllm_main.py", "serve", "/srv/models/random-llama"]
+        assert after(server, "--nnodes") == after(server, "--tensor-parallel-size") == "2"
+        assert (after(server, "--master-addr"), after(server, "--master-port")) == ("10.0.0.1", "29601")
+        assert ("--headless" in server) == ("--middleware" not in server) == bool(number)
+    assert head["pid_command"] == ["cat", "/var/lib/vllm/chat/engine.pid"]
+
+
+def test_each_host_has_its_own_address_and_interface() -> None:
+    for host, place in PLACES.items():
+        env = on(host, CPU_SERVICE, HOSTS)["env"]
+        assert env["VLLM_HOST_IP"] == place["address"]
+        assert env["GLOO_SOCKET_IFNAME"] == env["NCCL_SOCKET_IFNAME"] == place["interface"]
+
+
+def test_ranks_follow_the_inventory() -> None:
+    head = on("two", CPU_SERVICE, HOSTS, order=["two", "one"])
+    assert not head["headless"]
+    assert after(head["command"], "--master-addr") == "10.0.0.2"
+
+
+def test_before_the_network_is_known_names_stand_for_addresses() -> None:
+    assert "one=one" in on("one", CPU_SERVICE, HOSTS, network={})["command"]
+
+
+def test_services_on_one_host_are_as_before() -> None:
+    svc = on("one", service(hosts=["one"]), HOSTS)
+    assert svc["span"] is None
+    assert "baremetal_ranks.py" not in " ".join(svc["command"])
+
+
+RAY_SERVICE = {
+    "name": "chat", "model": "Qwen/Qwen2.5-14B", "served_model_name": "qwen", "runtime": "venv",
+    "hosts": ["one", "two", "three"], "tensor_parallel_size": 2, "pipeline_parallel_size": 3, "executor": "ray",
+    "max_model_len": 8192, "env": {"MY_ACCESS_KEY": "x", "OMP_NUM_THREADS": "4"},
+}  # fmt: skip
+
+
+def ray_service(host: str) -> dict[str, Any]:
+    network = {"chat": {"hosts": {**PLACES, "three": {"address": "10.0.0.3", "interface": "eth1"}}, "problems": []}}
+    return on(host, RAY_SERVICE, gpu_hosts(3), network=network)
+
+
+def test_ray_runs_vllm_on_the_first_host_behind_a_gate() -> None:
+    head = ray_service("one")
+    gate = head["command"][: head["command"].index("--")]
+    assert gate[1] == "/opt/vllm/lib/baremetal_ray_gate.py"
+    assert [word for word in gate if "=" in word] == ["one=10.0.0.1=2", "two=10.0.0.2=2", "three=10.0.0.3=2"]
+    assert after(head["command"], "--distributed-executor-backend") == "ray"
+    assert head["env"]["RAY_ADDRESS"] == "10.0.0.1:6379"
+    assert head["span"]["ranks_a_host"] == 2
+    assert head["span"]["gpus"] == {name: [0, 1] for name in ("one", "two", "three")}
+    assert all(ray_service(host)["headless"] for host in ("two", "three"))
+
+
+def test_ray_gets_an_environment_of_its_own() -> None:
+    head = ray_service("one")
+    assert head["venv"]["path"].endswith("-ray")
+    assert head["python"].startswith(head["venv"]["path"])
+    assert {word for word in head["command"] if word.endswith("/bin/python")} == {head["python"]}
+
+
+def test_what_differs_between_hosts_and_secrets_stay_on_the_first_host() -> None:
+    head, other = ray_service("one"), ray_service("two")
+    kept = set(head["kept_home"])
+    different = {name for name in head["env"] if head["env"][name] != other["env"].get(name)}
+    assert different and different <= kept
+    assert {"VLLM_API_KEY", "HF_TOKEN", "MY_ACCESS_KEY", "RAY_AUTH_TOKEN"} <= kept
+    assert not {"OMP_NUM_THREADS", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"} & kept
+    assert kept_home({"AWS_SECRET_ACCESS_KEY": "x"}) == json.loads(
+        json.dumps(kept_home({"AWS_SECRET_ACCESS_KEY": "x"}))
+    )
+
+
+def test_two_clusters_share_no_port() -> None:
+    first, second = ({*ray_ports(number).values()} for number in (0, 1))
+    assert not first & second
+    assert ray_ports(1)["min_worker"] > ray_ports(0)["max_worker"]
+
+
+def test_all_ports_are_listed_for_a_firewall() -> None:
+    ports = ray_service("one")["span"]["firewall_ports"]
+    assert ports[:2] == ["6379", "6380"] and ports[-2:] == ["10002-10201", "32768-60999"]
+
+
+@pytest.mark.parametrize(
+    "fields, problem",
+    [
+        ({"tensor_parallel_size": 3}, "TP 3 is not possible: 4 attention heads"),
+        ({"tensor_parallel_size": 1, "pipeline_parallel_size": 3}, "PP 3 is not possible: 2 layers"),
+        ({"tensor_parallel_size": 2, "executor": "ray"}, "over CPUs of several hosts it is mp"),
+        ({"tensor_parallel_size": 2, "engine_version": "0.11.0"}, "executor mp does not span hosts in vLLM 0.11.0"),
+    ],
+)
+def test_what_cpus_of_several_hosts_cannot_do(fields: dict[str, Any], problem: str) -> None:
+    plan = vllm_plan([service(**{"hosts": ["one", "two"], **fields})], HOSTS)
+    assert any(problem in line for line in plan["problems"]), plan["problems"]
+
+
+def test_cpu_servers_on_several_hosts_are_servers_of_their_own() -> None:
+    plan = vllm_plan([service(hosts=["one", "two"])], HOSTS)
+    assert [instance["hosts"] for instance in plan["services"][0]["instances"]] == [["one"], ["two"]]
+    assert spans(plan, ["one", "two"]) == []
+
+
+def test_unlike_gpus_are_refused_in_one_line() -> None:
+    hosts = [*gpu_hosts(1), {**gpu_hosts(1, "2x A10")[0], "name": "two"}]
+    asked = {**RAY_SERVICE, "hosts": ["one", "two"], "pipeline_parallel_size": 2}
+    plan = vllm_plan([asked], hosts)
+    assert not plan["fits"]
+    assert len(plan["problems"]) == 1

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""interconnect_probe against itself on this machine."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from ansible_collections.baremetal.vllm.plugins.modules import interconnect_probe
+
+Run = Callable[..., dict[str, Any]]
+HERE, THERE = "127.0.0.1", "127.0.0.2"
+
+
+def measure(run_module: Run, token: str = "word", **peer: Any) -> dict[str, Any]:
+    whole = {"name": "b", "address": THERE, "source": HERE, "mtu": 1500, "bandwidth": True, **peer}
+    (way,) = run_module(interconnect_probe, action="measure", token=token, timeout=2, peers=[whole])["ways"]
+    return dict(way)
+
+
+def serve(run_module: Run) -> int:
+    answer = run_module(interconnect_probe, action="serve", token="word", name="b", addresses=[THERE], seconds=20)
+    return int(answer["ports"][THERE])
+
+
+def test_looks_at_interfaces(run_module: Run) -> None:
+    found = run_module(interconnect_probe, action="look")
+    assert found["time"] > 1.7e9
+    assert all(interface["mtu"] > 0 and interface["name"] != "lo" for interface in found["interfaces"])
+    own = [place["address"] for interface in found["interfaces"] for place in interface["addresses"]]
+    for address in own:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
+            sock.bind((address, 0))  # it is this machine's
+
+
+def test_measures_a_way(run_module: Run) -> None:
+    way = measure(run_module, port=serve(run_module))
+    assert way["problem"] == ""
+    assert way["mbps"] > 10 and 0 < way["rtt_us"] < 1e6 and abs(way["clock_offset_s"]) < 1
+    assert way["whole_mtu"] is True
+
+
+def test_names_what_is_wrong(run_module: Run) -> None:
+    port = serve(run_module)
+    assert "b answers there: two hosts have this address" in measure(run_module, port=port, name="c")["problem"]
+    assert "closed" in measure(run_module, port=port, token="another")["problem"]
+    with socket.socket() as free:
+        free.bind((THERE, 0))
+        assert "refused" in measure(run_module, port=free.getsockname()[1])["problem"]
+    with socket.socket() as silent:
+        silent.bind((THERE, 0))
+        silent.listen(1)
+        assert "no answer within the time limit" in measure(run_module, port=silent.getsockname()[1])["problem"]
+
+
+def test_an_address_that_the_host_does_not_have(run_module: Run) -> None:
+    answer = run_module(interconnect_probe, action="serve", token="word", name="b", addresses=["203.0.113.9"])
+    assert answer["failed"]
+    assert answer["msg"].startswith("cannot listen on 203.0.113.9: ")
