@@ -20,6 +20,9 @@ from ansible.template import Templar
 from ansible.utils.collection_loader import AnsibleCollectionConfig
 
 ROOT = Path(__file__).parents[2]
+# Before any test imports the collection: what Python's own importer has loaded, Ansible's does not take over.
+if AnsibleCollectionConfig.collection_finder is None:
+    init_plugin_loader([str(ROOT / "collections")])
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,8 +56,6 @@ def run_module(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 @pytest.fixture
 def render() -> Callable[..., Any]:
     """render(template, **variables) -> the value, by Ansible's templating."""
-    if AnsibleCollectionConfig.collection_finder is None:
-        init_plugin_loader([str(ROOT / "collections")])
 
     def render(template: str, **variables: Any) -> Any:
         try:
