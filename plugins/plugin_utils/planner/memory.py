@@ -769,9 +769,11 @@ def _verdict(
         f"{peak / g:.2f} - libraries {inside:.2f}" + (f" - CUDA graphs {counted:.2f}" if counted else "")
     )
     longest = 0
+    footprint = requested + max(0.0, uncounted)
     if not needs_cache:
         # Encoders keep no cache: nothing is profiled, and what they need must be free.
         resident = stage.weights + peak + inside * g + graphs * g
+        footprint = max(footprint, resident)  # nothing holds them to what they request
         fits = requested <= free and resident <= free
         reason = (
             f"weights {stage.weights / g:.2f} GiB and activations {peak / g:.2f} GiB, no KV cache"
@@ -819,7 +821,7 @@ def _verdict(
         fits=fits,
         reason=reason,
         outside_gib=outside,
-        footprint_gib=requested / g + outside + max(0.0, uncounted) / g,
+        footprint_gib=footprint / g + outside,
         cuda_graph_counted_gib=counted,
         kv_needed_gib=need * stage.block_bytes / g,
         largest_max_model_len=longest,

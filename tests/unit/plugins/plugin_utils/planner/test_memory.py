@@ -155,6 +155,12 @@ def test_poolers_have_no_cache() -> None:
     assert plan.fits and plan.kv_cache_tokens == 0 and plan.kv_cache_gib == 0
     assert plan.weights_gib == pytest.approx(1.057, abs=0.01)  # float32 on disk, 16 bits on the GPU
     assert largest_max_model_len(shape("bge-m3"), max_num_batched_tokens=8192, **A10) == 8192
+    # Nothing is profiled: a utilization below the weights holds back nothing, and is no excuse to call the rest free.
+    small = {**A10, "gpu_memory_utilization": 0.03}
+    plan = engine_memory(shape("bge-m3"), max_model_len=8192, max_num_batched_tokens=8192, **small)
+    held = plan.weights_gib + plan.activation_gib + plan.non_torch_gib + plan.cuda_graph_gib + plan.outside_gib
+    assert plan.fits and plan.requested_gib < plan.weights_gib
+    assert plan.footprint_gib == pytest.approx(held)
 
 
 def test_the_stage_with_least_room_decides() -> None:
