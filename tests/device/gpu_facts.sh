@@ -30,7 +30,8 @@ for number in "${!pythons[@]}"; do
   echo "run$number ansible_connection=local ansible_python_interpreter=${pythons[$number]}"
 done >"$work/hosts"
 export ANSIBLE_COLLECTIONS_PATH=$PWD/collections ANSIBLE_INJECT_FACT_VARS=false ANSIBLE_NOCOLOR=1
-ansible-playbook -i "$work/hosts" -e "out=$work/gpu" "$work/play.yml"
+# A machine without a virtual environment: ANSIBLE_PLAYBOOK="python3 -m ansible playbook" and PYTHONPATH.
+${ANSIBLE_PLAYBOOK:-ansible-playbook} -i "$work/hosts" -e "out=$work/gpu" "$work/play.yml"
 for number in "${!pythons[@]}"; do
   python3 - "$work/gpu.run0" "$work/gpu.run$number" <<'COMPARE'
 import json, sys
