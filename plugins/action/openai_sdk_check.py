@@ -233,7 +233,7 @@ class ActionModule(ActionBase):
                 "model": {"type": "str", "required": True},
                 "task": {"type": "str", "choices": list(CHECKS), "default": "generate"},
                 "tool_calls": {"type": "bool", "default": False},
-                "ca_file": {"type": "path"},
+                "ca_pem": {"type": "str"},
                 "required": {"type": "bool", "default": False},
                 "timeout": {"type": "int", "default": 120},
             }
@@ -270,8 +270,7 @@ class ActionModule(ActionBase):
     def _prove(self, params: dict[str, Any], url: Any, address: tuple[str, int], key: str) -> list[dict[str, Any]]:
         verify: Any = True
         if url.scheme == "https":
-            authority = self._read(params["ca_file"]) if params["ca_file"] else None
-            verify = ssl.create_default_context(cadata=authority)
+            verify = ssl.create_default_context(cadata=params["ca_pem"])
             # Through a forwarding the name is another one; the certificate must still be the right one.
             verify.check_hostname = address[0] == url.hostname
         name = f"[{address[0]}]" if ":" in address[0] else address[0]

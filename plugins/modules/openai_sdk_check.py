@@ -40,9 +40,9 @@ options:
       - Whether a tool call must work. Without it a server that refuses one has passed, as it does not offer any.
     type: bool
     default: false
-  ca_file:
-    description: A file on the host with the certificate that the endpoint's own is checked with. Left out, the system's are taken.
-    type: path
+  ca_pem:
+    description: Certificates (PEM) that the endpoint's own is checked with. Left out, the controller's are taken.
+    type: str
   required:
     description: Whether it is a failure when openai is not installed on the controller, or the endpoint cannot be reached from it.
     type: bool

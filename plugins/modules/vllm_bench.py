@@ -51,6 +51,14 @@ options:
     description: How many requests are sent in all.
     type: int
     required: true
+  processes:
+    description:
+      - Over how many processes the clients are spread, at most one for each client. One process is a limit of its own from
+        some 15000 output tokens a second on.
+      - With more than one, means and medians are those of the processes weighted by their requests, and the 99th
+        percentile is the highest of theirs.
+    type: int
+    default: 1
   input_len:
     description: Length of each prompt in tokens.
     type: int
@@ -124,6 +132,8 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
+import time
 from http.client import HTTPException
 from urllib.error import URLError
 from urllib.request import ProxyHandler, Request, build_opener
@@ -131,11 +141,12 @@ from urllib.request import ProxyHandler, Request, build_opener
 from ansible.module_utils.basic import AnsibleModule
 
 MARK = "BAREMETAL_BENCH_RESULT "
+READY = "BAREMETAL_BENCH_READY"
 # Runs `vllm bench serve` and prints its result file, so that nothing has to be copied out of a container. Builds of other
-# names than vllm lack the metadata that vLLM's command line asks for first.
-LAUNCHER = (
-    """
-import glob, importlib.metadata as metadata, sys, tempfile
+# names than vllm lack the metadata that vLLM's command line asks for first. It begins to send when it is told to, so that
+# several of them measure the same seconds.
+LAUNCHER = """
+import importlib.metadata as metadata, sys, tempfile
 installed = metadata.version
 def version(name):
     try:
@@ -147,13 +158,18 @@ def version(name):
         return vllm.__version__
 metadata.version = version
 from vllm.entrypoints.cli.main import main
+import vllm.benchmarks.serve as serve
+benchmark = serve.benchmark
+async def wait_and_benchmark(*positional, **named):
+    print("\\n%s", flush=True)
+    sys.stdin.readline()
+    return await benchmark(*positional, **named)
+serve.benchmark = wait_and_benchmark
 with tempfile.TemporaryDirectory() as folder:
     sys.argv = ["vllm", "bench", "serve", *sys.argv[1:], "--save-result", "--result-dir", folder, "--result-filename", "r.json"]
     main()
     print("\\n%s" + open(folder + "/r.json").read().replace("\\n", " "), flush=True)
-"""
-    % MARK
-)
+""" % (READY, MARK)
 ENVIRONMENT = {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 # Dataset and backend for each task; completions are both vLLM's default and the path with the least around the engine.
 TASKS = {
@@ -183,12 +199,12 @@ def served_from(base_url, key, model):
     return served[model] or model
 
 
-def arguments(params, tokenizer):
+def arguments(params, tokenizer, clients, prompts, seed):
     root = params["base_url"].rstrip("/")[: -len("/v1")]
     words = list(TASKS[params["task"]])
     words += ["--base-url", root, "--model", params["model"], "--served-model-name", params["model"]]
-    words += ["--tokenizer", tokenizer, "--seed", str(params["seed"])]
-    words += ["--num-prompts", str(params["num_prompts"]), "--max-concurrency", str(params["concurrency"])]
+    words += ["--tokenizer", tokenizer, "--seed", str(seed)]
+    words += ["--num-prompts", str(prompts), "--max-concurrency", str(clients)]
     words += ["--random-input-len", str(params["input_len"])]
     if params["task"] == "generate":
         words += ["--random-output-len", str(params["output_len"])]
@@ -221,68 +237,122 @@ class Utilization:
             self.percent = round(sum(busy) / float(len(busy)), 1) if busy else None
 
 
-def measure(command, environment, timeout):
-    """(exit status, output) of the benchmark. It is ended with all that it started when it takes too long."""
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        cwd=environment["HOME"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+class Client(threading.Thread):
+    """One process of the benchmark, and what it printed."""
+
+    def __init__(self, command, environment):
+        threading.Thread.__init__(self)
+        self.daemon, self.lines, self.ready = True, [], threading.Event()
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            cwd=environment["HOME"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def run(self):
+        for line in self.process.stdout:
+            self.lines.append(line.decode("utf-8", "replace").rstrip())
+            if self.lines[-1].strip() == READY:
+                self.ready.set()
+        self.process.wait()
+        self.ready.set()
+
+    def begin(self):
+        try:
+            self.process.stdin.write(b"go\n")
+            self.process.stdin.close()
+        except (IOError, OSError):  # it has ended; its output says why
+            pass
+
+    def kill(self):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def measure(commands, environment, timeout):
+    """The result that each command told. All are ended, with all that they started, when one fails or takes too long."""
+    until = time.time() + timeout
+    clients = []
     try:
-        output = process.communicate(timeout=timeout)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        raise Problem("the benchmark has not ended after %d s (bench_timeout): take fewer requests" % timeout)
-    return process.returncode, output.decode("utf-8", "replace")
+        for command in commands:
+            clients.append(Client(command, environment))
+            clients[-1].start()
+        for client in clients:
+            client.ready.wait(max(0, until - time.time()))
+        for client in clients:
+            client.begin()
+        for client in clients:
+            client.join(max(0, until - time.time()))
+        if any(client.is_alive() for client in clients):
+            raise Problem("the benchmark has not ended after %d s (bench_timeout): take fewer requests" % timeout)
+    finally:
+        for client in clients:
+            client.kill()
+    results = []
+    for client in clients:
+        told = [line[len(MARK) :] for line in client.lines if line.startswith(MARK)]
+        if client.process.returncode or not told:
+            raise Problem("vllm bench serve ended with status %d: %s" % (client.process.returncode, why(client.lines)))
+        results.append(json.loads(told[-1]))
+    return results
 
 
 def why(output):
     """The line that says what went wrong, of what the benchmark printed."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    lines = [line.strip() for line in output if line.strip()]
     errors = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception)\b|.*: error: ", line)]
     return (errors or lines or ["it printed nothing"])[-1][:400]
 
 
-def to_row(params, result, percent):
-    if result.get("completed") != params["num_prompts"]:
-        errors = [error.strip().splitlines()[-1] for error in result.get("errors") or [] if error and error.strip()]
+def to_row(params, results, percent):
+    """One row of the results of all processes, which ran at the same time."""
+    completed = sum(result["completed"] for result in results)
+    if completed != params["num_prompts"]:
+        errors = [error.strip().splitlines()[-1] for result in results for error in result.get("errors") or [] if error]
         raise Problem(
-            "only %s of %d requests were answered at concurrency %d%s: look into the server's log, or take fewer clients"
-            % (
-                result.get("completed"),
-                params["num_prompts"],
-                params["concurrency"],
-                " (%s)" % errors[0] if errors else "",
-            )
+            "only %d of %d requests were answered at concurrency %d%s: look into the server's log, or take fewer clients"
+            % (completed, params["num_prompts"], params["concurrency"], " (%s)" % errors[0] if errors else "")
         )
+    duration = max(result["duration"] for result in results)
+    output = sum(result.get("total_output_tokens") or 0 for result in results)
+    tokens = output + sum(result.get("total_input_tokens") or result.get("total_input") or 0 for result in results)
     row = {
         "concurrency": params["concurrency"],
         "num_prompts": params["num_prompts"],
-        "completed": result["completed"],
-        "duration_s": round(result["duration"], 3),
-        "requests_per_s": round(result["request_throughput"], 3),
-        "output_tokens_per_s": round(result.get("output_throughput") or 0, 2),
-        "total_tokens_per_s": round(result.get("total_token_throughput") or 0, 2),
+        "completed": completed,
+        "duration_s": round(duration, 3),
+        "requests_per_s": round(completed / duration, 3),
+        "output_tokens_per_s": round(output / duration, 2),
+        "total_tokens_per_s": round(tokens / duration, 2),
         "gpu_utilization_percent": percent,
     }
     for metric in METRICS:
         for kind in ("mean", "median", "p99"):
-            value = result.get("%s_%s_ms" % (kind, metric))
-            if value is not None:
-                row["%s_%s_ms" % (kind, metric)] = round(value, 2)
+            name = "%s_%s_ms" % (kind, metric)
+            values = [(result[name], result["completed"]) for result in results if result.get(name) is not None]
+            if values and kind == "p99":
+                row[name] = round(max(value for value, dummy in values), 2)
+            elif values:
+                row[name] = round(
+                    sum(value * count for value, count in values) / sum(count for dummy, count in values), 2
+                )
     return row
+
+
+def shares(total, parts):
+    """Whole numbers that sum up to the total and differ by one at most."""
+    return [total // parts + (index < total % parts) for index in range(parts)]
 
 
 def run(module):
     params = module.params
     if not re.match(r"https?://[^/\s]+(/\S*)?/v1/?\Z", params["base_url"]):
         raise Problem("base_url is %r: give the address up to and with /v1" % params["base_url"])
-    for name in ("concurrency", "num_prompts", "input_len", "output_len"):
+    for name in ("concurrency", "num_prompts", "processes", "input_len", "output_len"):
         if params[name] < 1:
             raise Problem("%s is %d: give 1 or more" % (name, params[name]))
     try:
@@ -294,25 +364,27 @@ def run(module):
         raise Problem("%s is empty: it must hold the API key" % params["api_key_file"])
     module.no_log_values.add(key)
     tokenizer = params["tokenizer"] or served_from(params["base_url"].rstrip("/"), key, params["model"])
-    command = params["command"] + ["-c", LAUNCHER] + arguments(params, tokenizer)
+    processes = min(params["processes"], params["concurrency"])
+    commands = [
+        params["command"] + ["-c", LAUNCHER] + arguments(params, tokenizer, clients, prompts, params["seed"] + index)
+        for index, (clients, prompts) in enumerate(
+            zip(shares(params["concurrency"], processes), shares(params["num_prompts"], processes))
+        )
+    ]
     home = tempfile.mkdtemp(dir=module.tmpdir)
     environment = dict(os.environ, OPENAI_API_KEY=key, HOME=home, **ENVIRONMENT)
     try:
         with Utilization(params["gpus"]) as use:
-            status, output = measure(command, environment, params["timeout"])
+            results = measure(commands, environment, params["timeout"])
+        return to_row(params, results, use.percent)
     except (IOError, OSError) as error:
         raise Problem("cannot run %s: %s" % (params["command"][0], error.strerror))
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
-    told = [line[len(MARK) :] for line in output.splitlines() if line.startswith(MARK)]
-    if status or not told:
-        raise Problem("vllm bench serve ended with status %d: %s" % (status, why(output)))
-    try:
-        return to_row(params, json.loads(told[-1]), use.percent)
     except (ValueError, KeyError, TypeError) as error:
         raise Problem(
             "vllm bench serve wrote a result that is not understood (%r): give bench_python a newer vLLM" % error
         )
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def main():
@@ -326,6 +398,7 @@ def main():
             "task": {"type": "str", "choices": ["generate", "embed", "score"], "default": "generate"},
             "concurrency": {"type": "int", "required": True},
             "num_prompts": {"type": "int", "required": True},
+            "processes": {"type": "int", "default": 1},
             "input_len": {"type": "int", "default": 512},
             "output_len": {"type": "int", "default": 128},
             "seed": {"type": "int", "default": 0},
