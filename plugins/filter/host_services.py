@@ -27,8 +27,10 @@ options:
     required: true
   settings:
     description:
-      - C(root), C(config_dir), C(state_dir), C(log_dir), C(bind), C(start_timeout), C(open_paths), C(python) (an existing
-        environment, or empty), C(manager), C(supervisor_dir) and C(supervisorctl) of the role.
+      - C(root), C(config_dir), C(state_dir), C(log_dir), C(user), C(bind), C(start_timeout), C(drain_timeout), C(open_paths),
+        C(python) (an existing environment, or empty), C(manager), C(supervisor_dir) and C(supervisorctl) of the role.
+      - C(container), with C(mirror), C(images), C(gpus), C(shm_size), C(nofile), C(log_options) and C(options).
+      - C(gpu), the host's fact of that name, and C(architecture), as Ansible names it.
       - For services over several hosts also C(hosts) (names in the order of the inventory), C(network) (address and
         interface by host, as P(baremetal.vllm.interconnect#filter) chose them) and C(peer_timeout) (seconds).
     type: dict
@@ -50,17 +52,31 @@ _value:
   elements: dict
 """
 
+import re
+from itertools import pairwise
 from typing import Any
 
-from ansible_collections.baremetal.vllm.plugins.plugin_utils.multi_host import spans, spread
+from ansible.errors import AnsibleFilterError
 
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.multi_host import spans, spread
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner import engine as engines
+
+MIB = 1024  # of a GiB
 # Settings of every service. The usage report would tell strangers what the host serves; models lie on disk already.
 ENVIRONMENT = {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-# Older engines are asked through the module for every version alike; the program `vllm` needs metadata that builds of
+# Starts vLLM's API server through the module that every version has; the program `vllm` needs metadata that builds of
 # other names lack.
-SERVER = ["-m", "vllm.entrypoints.openai.api_server"]
+SERVER = ["-m", "baremetal_serve"]
 # Addresses that mean "all interfaces" are no addresses to ask.
 ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
+# A server that is told to stop gets this much longer than its requests.
+STOP_MARGIN_S = 30
+# Absolute paths in an argument: alone, behind NAME= (LoRA adapters), or as a value of JSON.
+PATHS = re.compile(r"""(?:^|[=\s"'])(/[^\s"',:;]+)""")
+# Their values look like paths of files and are none.
+NO_FILES = ("--served-model-name", "--root-path", "--disable-access-log-for-endpoints")
+# Memory that a server's start takes beyond what was planned for it.
+ROOM_SLACK = 1.05
 
 
 def _visible(gpus: list[int], uuids: list[str]) -> dict[str, str]:
@@ -75,26 +91,139 @@ def _visible(gpus: list[int], uuids: list[str]) -> dict[str, str]:
     }
 
 
+def image_reference(image: str, settings: dict[str, Any]) -> dict[str, str]:
+    """What a planned image is run as, and where it comes from: C(reference), C(archive) and C(checksum)."""
+    if settings["architecture"] == "aarch64":
+        image = re.sub(r"-x86_64$", "-arm64", image)  # as images for CPUs are named; the others are for both
+    options = settings["container"]
+    pin = options["images"].get(image, {})
+    unknown = set(pin) - {"reference", "digest", "archive", "checksum"}
+    if unknown:
+        raise AnsibleFilterError(
+            f"vllm_images[{image}] has {', '.join(sorted(unknown))}: give reference, digest, archive or checksum"
+        )
+    reference = pin.get("reference", image)
+    name, first = re.sub(r"(@.*|:[^/:]*)$", "", reference), reference.split("/", 1)[0]
+    digest = pin.get("digest", "")
+    if digest:
+        if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
+            raise AnsibleFilterError(f"vllm_images[{image}].digest is {digest}: give sha256: and 64 hexadecimal digits")
+        reference = f"{name}@{digest}"
+    # A name that holds a registry already is taken as it is, and an archive holds the name that it was saved under.
+    own_registry = "/" in reference and (re.search(r"[.:]", first) or first == "localhost")
+    if options["mirror"] and not own_registry and not pin.get("archive"):
+        reference = f"{options['mirror'].rstrip('/')}/{reference}"
+    return {"reference": reference, "archive": pin.get("archive", ""), "checksum": pin.get("checksum", "")}
+
+
+def _room(plan: dict[str, Any], host: str, device: str, facts: dict[str, Any]) -> bool:
+    """Whether the host can run the server a second time beside all that run there now."""
+    need = plan["memory"]["footprint_gib"] * MIB * ROOM_SLACK
+    if device == "cpu":
+        cpu = facts["cpu"]
+        return bool(cpu["memory_available_mib"] - cpu.get("memory_own_mib", 0) > need)
+
+    def held(uuid: str) -> float:
+        return sum(
+            (process["memory_used_mib"] or 0) / len(process["gpus"])
+            for process in facts.get("processes", [])
+            if process["own"] and uuid in process["gpus"]
+        )
+
+    mine = [gpu for gpu in facts["gpus"] if gpu["index"] in plan["gpus"].get(host, []) and not gpu["mig"]]
+    return bool(mine) and all(
+        gpu["memory_total_mib"] - gpu["memory_used_mib"] - held(gpu["uuid"]) > need for gpu in mine
+    )
+
+
+def _run_options(
+    svc: dict[str, Any], plan: dict[str, Any], host: str, lib: str, model: str, settings: dict[str, Any]
+) -> list[str]:
+    """Arguments of C(docker run) up to the image, without the user. Secrets are in files that the container reads."""
+    options, stop = settings["container"], settings["drain_timeout"] + STOP_MARGIN_S
+    own = [f"{settings[key]}/{svc['name']}" for key in ("config_dir", "state_dir")]
+    named = [
+        path
+        for before, arg in pairwise(["", *plan["args"]])
+        if before not in NO_FILES and arg.split("=", 1)[0] not in NO_FILES
+        for path in PATHS.findall(arg)
+    ]
+    # A path below one that is there already would be a mount on a read-only file system.
+    seen: list[str] = []
+    for path in sorted({lib, own[0], model, *named} - {"", "/"}):
+        if not any(path == other or path.startswith(f"{other}/") for other in [*seen, own[1]]):
+            seen.append(path)
+    health = f"import urllib.request as r; r.urlopen('{svc['root_url']}/health', timeout=9)"
+    gpus = plan["gpu_uuids"].get(host) or plan["gpus"].get(host, [])
+    devices = []
+    if gpus and options["gpus"] == "cdi":
+        devices = [f"--device=nvidia.com/gpu={gpu}" for gpu in gpus]
+    elif gpus:
+        devices = ["--gpus", f'"device={",".join(map(str, gpus))}"']  # the quotes are Docker's own, for the commas
+    return [
+        f"--name={svc['unit']}",
+        f"--label=baremetal.vllm.service={svc['name']}",
+        "--rm",
+        "--init",
+        "--network=host",
+        "--read-only",
+        "--cap-drop=ALL",
+        "--security-opt=no-new-privileges",
+        "--tmpfs=/tmp:rw,exec,nosuid,nodev,mode=1777",
+        f"--shm-size={options['shm_size']}",
+        f"--ulimit=nofile={options['nofile']}:{options['nofile']}",
+        f"--stop-timeout={stop}",
+        "--log-driver=json-file",
+        *(f"--log-opt={key}={value}" for key, value in sorted(options["log_options"].items())),
+        f'--health-cmd=python3 -c "{health}"',
+        "--health-interval=30s",
+        "--health-timeout=10s",
+        "--health-retries=3",
+        "--health-start-period=1h",
+        *devices,
+        *(f"--mount=type=bind,src={path},dst={path},readonly" for path in seen),
+        f"--mount=type=bind,src={own[1]},dst={own[1]}",
+        f"--workdir={svc['state_dir']}",
+        *map(str, options["options"]),
+        "--entrypoint=/bin/sh",
+    ]
+
+
 def _service(
-    plan: dict[str, Any], host: str, device: str, user: dict[str, Any], settings: dict[str, Any]
+    plan: dict[str, Any],
+    host: str,
+    row: dict[str, Any],
+    user: dict[str, Any],
+    settings: dict[str, Any],
+    stand_by: bool = False,
 ) -> dict[str, Any]:
-    name, version = user["name"], plan["engine_version"]
-    unit = f"vllm-{name}"
-    config_dir, state_dir = f"{settings['config_dir']}/{name}", f"{settings['state_dir']}/{name}"
-    log_file = f"{settings['log_dir']}/{name}.log"
+    """One server; with C(stand_by) the one that serves on the same port while the server itself is restarted."""
+    name, version, device = user["name"], plan["engine_version"], row["device"]
+    container = row["runtime"] == "container"
+    folder = f"{name}/standby" if stand_by else name
+    unit = f"vllm-{name}{'-standby' if stand_by else ''}"
+    config_dir, state_dir = f"{settings['config_dir']}/{folder}", f"{settings['state_dir']}/{folder}"
+    cache_dir = f"{settings['state_dir']}/{name}/cache"
+    log_file = f"{settings['log_dir']}/{unit.removeprefix('vllm-')}.log"
     bind, port = user.get("bind", settings["bind"]), plan["port"]
     address = ANY.get(bind, bind)
     root_url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
     venv = f"{settings['root']}/venvs/{device}-{version}"
-    python = settings["python"] or f"{venv}/bin/python"
+    python = "python3" if container else settings["python"] or f"{venv}/bin/python"
+    lib = f"{settings['root']}/lib"
     systemd = settings["manager"] == "systemd"
     environment = {
         **ENVIRONMENT,
         "BAREMETAL_OPEN_PATHS": " ".join(settings["open_paths"]),
-        "PYTHONPATH": f"{settings['root']}/lib",
-        "XDG_CACHE_HOME": f"{state_dir}/cache",
-        "VLLM_CACHE_ROOT": f"{state_dir}/cache/vllm",
-        **_visible(plan["gpus"].get(host, []), plan["gpu_uuids"].get(host, [])),
+        "PYTHONPATH": lib,
+        "XDG_CACHE_HOME": cache_dir,
+        "VLLM_CACHE_ROOT": f"{cache_dir}/vllm",
+        # A container sees its own GPUs only, and its user is not in the image's list of users.
+        **(
+            {"HOME": state_dir, "USER": settings["user"], "LOGNAME": settings["user"]}
+            if container
+            else _visible(plan["gpus"].get(host, []), plan["gpu_uuids"].get(host, []))
+        ),
         **plan["env"],
     }
     unit_file = f"/etc/systemd/system/{unit}.service" if systemd else f"{settings['supervisor_dir']}/conf.d/{unit}.conf"
@@ -102,50 +231,81 @@ def _service(
     args = plan["args"]
     if not args[0].startswith("-"):  # the model stands alone, as `vllm serve` takes it
         args = ["--model", *args]
-    return {
+    drain = engines.option(version, "--shutdown-timeout", settings["drain_timeout"])
+    scripts = ["env", "serve.sh", "start.sh"] if container else ["env", "start.sh"]
+    svc: dict[str, Any] = {
         "name": name,
         "unit": unit,
         "device": device,
+        "runtime": row["runtime"],
         "version": version,
-        "venv": None if settings["python"] else {"path": venv, "device": device, "version": version},
+        "venv": None if container or settings["python"] else {"path": venv, "device": device, "version": version},
         "python": python,
         # What endpoint.json says: where and how to ask, for clients, for the proof and for the benchmark.
         "told": {
             "service": name,
             "base_url": f"{root_url}/v1",
-            "api_key_file": f"{config_dir}/api_key",
+            "api_key_file": f"{settings['config_dir']}/{name}/api_key",
             "model": user["served_model_name"],
             "task": plan["task"],
             "max_model_len": plan["max_model_len"],
             "tool_calls": "--enable-auto-tool-choice" in args,
             "vision": "vision_config" in user.get("config", {}),
             "gpus": plan["gpus"].get(host, []),
-            "python": [python],
+            "python": ["docker", "exec", unit, python] if container else [python],
         },
         "config_dir": config_dir,
         "state_dir": state_dir,
         "log_file": log_file,
-        "api_key_file": f"{config_dir}/api_key",
+        "api_key_file": f"{settings['config_dir']}/{name}/api_key",
         "unit_file": unit_file,
         "endpoint_files": endpoint_files,
-        "watched": [unit_file, *endpoint_files, *(f"{config_dir}/{name}" for name in ("api_key", "env", "start.sh"))],
+        "watched": [
+            unit_file,
+            *endpoint_files,
+            *(f"{config_dir}/{file}" for file in ("api_key", "plan.json", *scripts)),
+        ],
         "bind": bind,
         "port": port,
         "root_url": root_url,
         "base_url": f"{root_url}/v1",
         "served_model_name": user["served_model_name"],
+        "model_path": user.get("model_path", ""),
         "env": {key: str(value) for key, value in environment.items()},
-        "command": [python, *SERVER, *args, "--host", bind, "--middleware", "baremetal_guard.PathGuard"],
+        "command": [python, *SERVER, *args, *drain, "--host", bind, "--middleware", "baremetal_guard.PathGuard"],
+        "stop_timeout": settings["drain_timeout"] + STOP_MARGIN_S,
         "start_timeout": user.get("start_timeout", settings["start_timeout"]),
         "span": None,  # multi_host.py fills these for a service over several hosts
         "headless": False,
+        "room": _room(plan, host, device, settings["gpu"]),
+        "planned": {
+            key: plan["memory"][key] for key in ("weights_gib", "kv_cache_gib", "kv_cache_tokens", "max_concurrency")
+        },
+        # What an explanation of a failed start may name.
+        "values": {
+            key: plan.get(key)
+            for key in (
+                "gpu_memory_utilization",
+                "max_model_len",
+                "max_num_seqs",
+                "max_num_batched_tokens",
+                "engine_version",
+            )
+        }
+        | {"port": port, "name": name, "bind": bind},
         "pid_command": ["systemctl", "show", "--property=MainPID", "--value", unit]
         if systemd
         else [*settings["supervisorctl"], "pid", unit],
-        "log_command": ["journalctl", f"--unit={unit}", "--lines=200", "--output=cat", "--no-pager"]
+        "log_command": ["journalctl", f"--unit={unit}", "--lines=4000", "--output=cat", "--no-pager"]
         if systemd
-        else ["tail", "--lines=200", log_file],
+        else ["tail", "--lines=4000", log_file],
     }
+    if container:
+        svc["image"] = image_reference(plan["image"], settings)
+        svc["run_options"] = _run_options(svc, plan, host, lib, user.get("model_path", ""), settings)
+    if not stand_by:
+        svc["standby"] = _service(plan, host, row, user, settings, stand_by=True)
+    return svc
 
 
 def host_services(
@@ -157,8 +317,10 @@ def host_services(
     for planned in plan["services"]:
         for instance in planned["instances"]:
             if host in instance["hosts"]:
-                service = _service(instance, host, planned["device"], users[planned["name"]], settings)
+                service = _service(instance, host, planned, users[planned["name"]], settings)
                 if len(instance["hosts"]) > 1:
+                    # A server over several hosts has no second one to stand by for it.
+                    service["room"] = False
                     service = spread(service, spanning[planned["name"]], host, instance["args"], settings)
                 found.append(service)
     return found

@@ -158,7 +158,9 @@ ansible_facts:
           description: V(bare), V(vm) or V(container).
           type: str
         cpu:
-          description: Cores this process may use and memory, C(cores), C(memory_total_mib) and C(memory_available_mib).
+          description:
+            - Cores this process may use and memory, C(cores), C(memory_total_mib), C(memory_available_mib) and
+              C(memory_own_mib), that part of the available memory which O(own_paths) hold now.
           type: dict
 """
 
@@ -677,11 +679,12 @@ def virtual(root):
 
 def cpu_facts(processes, root):
     memory = dict(re.findall(r"^(\w+):\s+(\d+) kB", read(os.path.join(root, "proc/meminfo")), re.M))
-    total = int(memory.get("MemTotal", 0)) // 1024
+    total, held = int(memory.get("MemTotal", 0)) // 1024, held_in_ram(processes, root)
     return {
         "cores": len(os.sched_getaffinity(0)),
         "memory_total_mib": total,
-        "memory_available_mib": min(total, int(memory.get("MemAvailable", 0)) // 1024 + held_in_ram(processes, root)),
+        "memory_available_mib": min(total, int(memory.get("MemAvailable", 0)) // 1024 + held),
+        "memory_own_mib": held,
     }
 
 

@@ -30,7 +30,7 @@ options:
     elements: str
     default: []
   files:
-    description: Small text files to read. A missing one is left out of RV(files).
+    description: Small text files to read, also as patterns such as C(/etc/vllm/*/plan.json). A missing one is left out of RV(files).
     type: list
     elements: path
     default: []
@@ -49,6 +49,10 @@ options:
     type: list
     elements: path
     default: []
+  images:
+    description: Container images to look for. Given, also as an empty list, Docker is asked what it is.
+    type: list
+    elements: str
 author:
   - baremetal.vllm maintainers (@baremetal-vllm)
 attributes:
@@ -79,6 +83,13 @@ fingerprints:
   returned: success
   type: dict
   sample: {/etc/vllm/chat/env: "e3b0c442... 0600 vllm"}
+docker:
+  description:
+    - C(version) of a Docker Engine that answers, empty without one; C(cdi), whether it knows NVIDIA's GPUs as CDI
+      devices; C(images), the id of each of O(images) that is there; C(free_mib) where images lie.
+  returned: when O(images) is given
+  type: dict
+  sample: {version: 29.0.1, cdi: true, images: {"vllm/vllm-openai:v0.25.1": "sha256:..."}, free_mib: 81920}
 free_mib:
   description: MiB that are free for this user below each path.
   returned: success
@@ -158,6 +169,34 @@ def fingerprint(path):
     return "%s %04o %s" % (digest, status.st_mode & 0o7777, owner)
 
 
+def docker(module, images):
+    """What the engine says of itself; all empty without one."""
+
+    def ask(*arguments):
+        try:
+            code, output, dummy = module.run_command(("docker",) + arguments, handle_exceptions=False)
+        except OSError:  # there is no docker
+            return None
+        return output if code == 0 else None
+
+    try:
+        info = json.loads(ask("info", "--format", "{{json .}}") or "{}")
+    except ValueError:
+        info = {}
+    specs = [name for folder in info.get("CDISpecDirs") or [] for name in glob.glob(folder + "/*")]
+    found = {}
+    for image in images if info.get("ServerVersion") else []:
+        identity = ask("image", "inspect", "--format", "{{.Id}}", image)
+        if identity:
+            found[image] = identity.strip()
+    return {
+        "version": info.get("ServerVersion", ""),
+        "cdi": any("nvidia.com/gpu" in read(name) for name in specs),
+        "images": found,
+        "free_mib": free_mib(info.get("DockerRootDir") or "/var/lib/docker"),
+    }
+
+
 def loadable(library):
     try:
         ctypes.CDLL(library)
@@ -230,6 +269,7 @@ def main():
             "pythons": {"type": "list", "elements": "str", "default": []},
             "files": {"type": "list", "elements": "path", "default": []},
             "fingerprints": {"type": "list", "elements": "path", "default": []},
+            "images": {"type": "list", "elements": "str"},
             "libraries": {"type": "list", "elements": "str", "default": []},
             "pid_files": {"type": "list", "elements": "path", "default": []},
         },
@@ -238,13 +278,15 @@ def main():
     inodes = listening_inodes(set(module.params["ports"]))
     holders = owners(inodes.values())
     files = {}
-    for path in module.params["files"]:
+    for path in sum((sorted(glob.glob(name)) if "*" in name else [name] for name in module.params["files"]), []):
         try:
             files[path] = read(path)
         except (IOError, OSError):
             pass
+    asked = module.params["images"]
     module.exit_json(
         changed=False,
+        docker=docker(module, asked) if asked is not None else {},
         free_mib=dict((path, free_mib(path)) for path in module.params["paths"]),
         files=files,
         fingerprints=dict((path, fingerprint(path)) for path in module.params["fingerprints"]),
