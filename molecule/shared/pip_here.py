@@ -4,6 +4,7 @@
 
 pip_here.py --run-arguments   arguments for docker run: this machine's certificates, and folders that pip is told of
 pip_here.py --conf            content for the host's /etc/pip.conf
+pip_here.py --uv-arguments    arguments for docker run: the same settings, as uv reads them
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 KEYS = ("index-url", "extra-index-url", "find-links")
+UV = {"index-url": ("UV_DEFAULT_INDEX", " "), "extra-index-url": ("UV_INDEX", " "), "find-links": ("UV_FIND_LINKS", ",")}
 
 
 def settings() -> dict[str, list[str]]:
@@ -45,6 +47,10 @@ def main() -> None:
     if sys.argv[1:] == ["--run-arguments"]:
         mounts = [CERTIFICATES] if Path(CERTIFICATES).exists() else []
         print(" ".join(f"--volume {path}:{path}:ro" for path in mounts + folders(found)))
+    elif sys.argv[1:] == ["--uv-arguments"]:
+        told = {UV[name][0]: UV[name][1].join(values) for name, values in found.items()}
+        pairs = {"UV_INDEX_STRATEGY": "unsafe-best-match", "SSL_CERT_FILE": CERTIFICATES, **told}
+        print("\n".join(f"--env={name}={value}" for name, value in pairs.items()))
     elif sys.argv[1:] == ["--conf"]:
         lines = [f"{name} = {' '.join(values)}" for name, values in found.items()]
         print("\n".join(["[global]", f"cert = {CERTIFICATES}", *lines]))
