@@ -23,7 +23,8 @@ options:
     required: true
   settings:
     description:
-      - C(root) (where the environments lie), C(builds), C(tools) (their requirements), C(tools_dir), C(manager),
+      - C(root) (where the environments lie), C(builds), C(image_disk_mib) (by device),
+        C(tools) (their requirements), C(tools_dir), C(manager),
         C(supervisor_dir), C(os_family), C(venv_package) (by family) and C(may_install) (whether packages can be
         installed).
     type: dict
@@ -42,7 +43,8 @@ RETURN = r"""
 _value:
   description:
     - C(problems), one line each; C(python), the interpreter to use, empty where none is needed or none will do;
-      C(packages), those of the distribution that have to be installed; and C(prepared), whether the tools are there.
+      C(packages), those of the distribution that have to be installed; C(missing), folders of environments that are to
+      be made; and C(prepared), whether the tools are there.
   type: dict
 """
 
@@ -74,13 +76,16 @@ def _python(
     return None, f"vLLM needs {wanted} and the host has {seen}: install one and give its path as vllm_python"
 
 
-def _tools(text: str) -> list[str]:
-    """Requirements of the tools that are installed, from their stamp."""
+def _stamp(probe: dict[str, Any], folder: str) -> list[str] | None:
+    """Packages of an environment; None when it is not there, or was made with a Python that has gone or changed."""
     try:
-        packages: list[str] = json.loads(text)["packages"]
+        stamp = json.loads(probe["files"].get(f"{folder}/{STAMP}", ""))
+        packages: list[str] = stamp["packages"]
+        path, version = stamp["python"]
     except (ValueError, KeyError, TypeError):
-        return []
-    return packages
+        return None
+    alive = any(path == seen["path"] and f"{seen['version']}.".startswith(f"{version}.") for seen in probe["pythons"])
+    return packages if alive else None
 
 
 def _packages(
@@ -91,22 +96,45 @@ def _packages(
     needed = {}
     if python and not python["venv"]:
         needed[settings["venv_package"].get(family, "python3")] = f"{python['path']} cannot make virtual environments"
-    for library, names in (
-        (name, of) for device in devices for name, of in settings["builds"][device]["libraries"].items()
-    ):
-        if library not in probe["libraries"]:
-            needed[names.get(family, library)] = f"{library} is missing"
+    for build in (settings["builds"][device] for device in devices):
+        for kind in ("libraries", "programs"):
+            for name, names in build[kind].items():
+                if name not in probe[kind]:
+                    needed[names.get(family, name)] = f"{name} is missing"
+        if build["headers"] and python and not python["headers"]:
+            package = build["headers"].get(family, "python{version}-devel")
+            version = ".".join(map(str, _minor(python["version"])))
+            needed[package.format(version=version)] = f"{python['path']} has no headers, which Triton compiles with"
     return needed
+
+
+def _images(services: list[dict[str, Any]], probe: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """What is in the way of containers."""
+    images = {service["image"]["reference"]: service["device"] for service in services if service.get("image")}
+    if not images:
+        return []
+    docker, problems = probe["docker"], []
+    if not settings["may_install"] and not docker["version"]:
+        problems.append(
+            "runtime container needs Docker, and only root can install it: run as root, or set vllm_runtime: venv"
+        )
+    missing = {image: device for image, device in images.items() if image not in docker["images"]}
+    need = sum(settings["image_disk_mib"][device] for device in missing.values())
+    if docker["free_mib"] < need:
+        problems.append(
+            f"Docker's folder has {docker['free_mib']} MiB free and {', '.join(missing)} needs {need}: make room or set "
+            "docker_data_root to a larger disk"
+        )
+    return problems
 
 
 def host_readiness(services: list[dict[str, Any]], probe: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     problems = []
     builds = settings["builds"]
     venvs = {service["venv"]["path"]: service["venv"]["device"] for service in services if service["venv"]}
-    missing = {path: device for path, device in venvs.items() if f"{path}/{STAMP}" not in probe["files"]}
+    missing = {path: device for path, device in venvs.items() if _stamp(probe, path) is None}
     tools_needed = bool(services) and (settings["manager"] == "supervisor" or bool(venvs))
-    found = _tools(probe["files"].get(f"{settings['tools_dir']}/{STAMP}", ""))
-    prepared = not tools_needed or found == sorted(settings["tools"])
+    prepared = not tools_needed or _stamp(probe, settings["tools_dir"]) == sorted(settings["tools"])
     python: dict[str, Any] | None = None
     if missing or not prepared:
         python, problem = _python([service for service in services if service["venv"]], probe, settings)
@@ -121,6 +149,7 @@ def host_readiness(services: list[dict[str, Any]], probe: dict[str, Any], settin
         problems.append(
             f"{settings['root']} has {free} MiB free and vLLM needs {need}: make room or set vllm_root to a larger disk"
         )
+    problems += _images(services, probe, settings)
     for service in services:
         if service.get("headless"):  # answers nobody
             continue
@@ -137,6 +166,7 @@ def host_readiness(services: list[dict[str, Any]], probe: dict[str, Any], settin
     return {
         "problems": problems,
         "prepared": prepared and not packages,
+        "missing": sorted(missing),
         "python": python["path"] if python else "",
         "packages": list(packages),
     }

@@ -278,9 +278,8 @@ def _service(
         "span": None,  # multi_host.py fills these for a service over several hosts
         "headless": False,
         "room": _room(plan, host, device, settings["gpu"]),
-        "planned": {
-            key: plan["memory"][key] for key in ("weights_gib", "kv_cache_gib", "kv_cache_tokens", "max_concurrency")
-        },
+        "planned": (row.get("record") or {}).get("planned", {}),
+        "record": row.get("record"),
         # What an explanation of a failed start may name.
         "values": {
             key: plan.get(key)

@@ -39,6 +39,11 @@ options:
     type: list
     elements: path
     default: []
+  programs:
+    description: Programs to look for on PATH.
+    type: list
+    elements: str
+    default: []
   libraries:
     description: Shared libraries to look for, by the name that the loader uses.
     type: list
@@ -119,8 +124,15 @@ pids:
   description: For each file of O(pid_files), the id of a living process, or 0.
   returned: success
   type: dict
+programs:
+  description: Those of O(programs) that are there.
+  returned: success
+  type: list
+  elements: str
 pythons:
-  description: Interpreters that ran, with C(path), C(version) and whether they can make a virtual environment (C(venv)).
+  description:
+    - Interpreters that ran, with C(path), C(version), whether they can make a virtual environment (C(venv)) and whether
+      their C headers are there (C(headers)).
   returned: success
   type: list
   elements: dict
@@ -138,8 +150,9 @@ from ansible.module_utils.basic import AnsibleModule
 
 LISTEN = "0A"  # state column of /proc/net/tcp
 ASK_PYTHON = (
-    "import json, sys, importlib.util as u;"
-    "print(json.dumps([sys.executable, '.'.join(map(str, sys.version_info[:3])), bool(u.find_spec('ensurepip'))]))"
+    "import json, os, sys, importlib.util as u, sysconfig as c;"
+    "print(json.dumps([sys.executable, '.'.join(map(str, sys.version_info[:3])), bool(u.find_spec('ensurepip')),"
+    "os.path.exists(os.path.join(c.get_paths()['include'], 'Python.h'))]))"
 )
 
 
@@ -253,11 +266,11 @@ def interpreters(module, candidates):
             # Run, not looked up: a name on PATH may be a version manager's shim for a version that is not there.
             command = [candidate, "-c", ASK_PYTHON]
             dummy, output, dummy = module.run_command(command, handle_exceptions=False, expand_user_and_vars=False)
-            path, version, venv = json.loads(output)
+            path, version, venv, headers = json.loads(output)
         except (OSError, TypeError, ValueError):  # it does not run, or is no Python
             continue
         if path not in [python["path"] for python in found]:
-            found.append({"path": path, "version": version, "venv": venv})
+            found.append({"path": path, "version": version, "venv": venv, "headers": headers})
     return found
 
 
@@ -270,6 +283,7 @@ def main():
             "files": {"type": "list", "elements": "path", "default": []},
             "fingerprints": {"type": "list", "elements": "path", "default": []},
             "images": {"type": "list", "elements": "str"},
+            "programs": {"type": "list", "elements": "str", "default": []},
             "libraries": {"type": "list", "elements": "str", "default": []},
             "pid_files": {"type": "list", "elements": "path", "default": []},
         },
@@ -296,6 +310,7 @@ def main():
             (str(port), holders.get(inode, {"pid": None, "command": "", "cwd": ""})) for port, inode in inodes.items()
         ),
         pids=dict((path, living_pid(path)) for path in module.params["pid_files"]),
+        programs=[program for program in module.params["programs"] if module.get_bin_path(program)],
         pythons=interpreters(module, module.params["pythons"]),
     )
 

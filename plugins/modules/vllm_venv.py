@@ -13,7 +13,7 @@ short_description: A virtual environment that holds exactly the wanted packages,
 version_added: 0.1.0
 description:
   - Makes a virtual environment and installs packages into it, with C(uv) or C(pip). A stamp is written last. An environment without
-    the stamp, or with another one, is made anew; a failed one is removed.
+    the stamp, or with another one (packages, or the release of Python), is made anew; a failed one is removed.
   - What C(pip) is configured to use on this host (indexes, folders of wheels) is used here too.
 options:
   path:
@@ -92,6 +92,7 @@ PIP_TO_UV = {
     "extra-index-url": ("UV_INDEX", " "),
     "find-links": ("UV_FIND_LINKS", ","),
     "cert": ("SSL_CERT_FILE", " "),
+    "trusted-host": ("UV_INSECURE_HOST", " "),
 }
 PIP_TRUE = ("1", "true", "t", "yes", "y", "on")
 
@@ -198,7 +199,12 @@ def main():
         supports_check_mode=True,
     )
     params, path = module.params, module.params["path"]
+    # A release of Python that is exchanged under an environment breaks it.
+    code, version, dummy = module.run_command(
+        [params["python"], "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
+    )
     wanted = {
+        "python": [params["python"], version.strip() if code == 0 else ""],
         "packages": sorted(params["packages"]),
         "without": sorted(params["without"] or []),
         "torch": params["torch_backend"],

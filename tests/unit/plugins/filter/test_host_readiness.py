@@ -3,16 +3,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from ansible_collections.baremetal.vllm.plugins.filter.host_readiness import host_readiness
 
 LIBRARIES = {"libnuma.so.1": {"Debian": "libnuma1", "RedHat": "numactl-libs"}}
+PROGRAMS = {"gcc": {"Debian": "gcc", "RedHat": "gcc"}}
+HEADERS = {"Debian": "python{version}-dev", "RedHat": "python{version}-devel"}
 BUILDS = {
-    "cpu": {"python": ["3.11", "3.14"], "disk_mib": 10000, "libraries": LIBRARIES},
-    "cuda": {"python": ["3.10", "3.13"], "disk_mib": 20000, "libraries": {}},
+    "cpu": {"python": ["3.11", "3.14"], "disk_mib": 10000, "libraries": LIBRARIES, "programs": {}, "headers": {}},
+    "cuda": {"python": ["3.10", "3.13"], "disk_mib": 20000, "libraries": {}, "programs": PROGRAMS, "headers": HEADERS},
 }
 SETTINGS = {
     "root": "/opt/vllm",
@@ -24,9 +26,15 @@ SETTINGS = {
     "may_install": True,
     "os_family": "Debian",
     "venv_package": {"Debian": "python3-venv"},
+    "image_disk_mib": {"cpu": 8000, "cuda": 40000},
 }
-TOOLS = {"/opt/vllm/tools/.baremetal-complete.json": json.dumps({"packages": ["supervisor==2.0", "uv==1.0"]})}
-PYTHON = {"path": "/usr/bin/python3", "version": "3.11.2", "venv": True}
+MADE_WITH = ["/usr/bin/python3", "3.11"]
+TOOLS = {
+    "/opt/vllm/tools/.baremetal-complete.json": json.dumps(
+        {"packages": ["supervisor==2.0", "uv==1.0"], "python": MADE_WITH}
+    )
+}
+PYTHON = {"path": "/usr/bin/python3", "version": "3.11.2", "venv": True, "headers": True}
 
 
 def service(name: str = "chat", device: str = "cpu", port: int = 8000, venv: bool = True) -> dict[str, Any]:
@@ -42,11 +50,15 @@ def service(name: str = "chat", device: str = "cpu", port: int = 8000, venv: boo
 
 def probe(**seen: Any) -> dict[str, Any]:
     told = {"pythons": [PYTHON], "free_mib": {"/opt/vllm": 99999}, "files": {}, "listeners": {}}
-    return {**told, "libraries": ["libnuma.so.1"], **seen}
+    return {**told, "libraries": ["libnuma.so.1"], "programs": ["gcc"], **seen}
 
 
 def stamp(device: str = "cpu") -> dict[str, str]:
-    return {f"/opt/vllm/venvs/{device}-0.32.0/.baremetal-complete.json": "{}"}
+    return {
+        f"/opt/vllm/venvs/{device}-0.32.0/.baremetal-complete.json": json.dumps(
+            {"packages": ["x"], "python": MADE_WITH}
+        )
+    }
 
 
 def judge(services: list[dict[str, Any]], seen: dict[str, Any], **settings: Any) -> dict[str, Any]:
@@ -59,12 +71,59 @@ def test_a_bare_host() -> None:
         "prepared": False,
         "python": "/usr/bin/python3",
         "packages": [],
+        "missing": ["/opt/vllm/venvs/cpu-0.32.0"],
     }
 
 
-def test_a_host_that_has_everything_needs_no_python() -> None:
-    seen = probe(pythons=[], files={**TOOLS, **stamp()}, free_mib={"/opt/vllm": 0})
-    assert judge([service()], seen) == {"problems": [], "prepared": True, "python": "", "packages": []}
+def test_a_host_that_has_everything_needs_no_more() -> None:
+    seen = probe(files={**TOOLS, **stamp()}, free_mib={"/opt/vllm": 0})
+    expected = {"problems": [], "prepared": True, "python": "", "packages": [], "missing": []}
+    assert judge([service()], seen) == expected
+
+
+@pytest.mark.parametrize(
+    "python",
+    [{**PYTHON, "version": "3.12.1"}, {**PYTHON, "path": "/opt/python/bin/python3"}],
+    ids=["upgraded", "other"],
+)
+def test_an_environment_whose_python_has_gone_is_made_anew(python: dict[str, Any]) -> None:
+    result = judge([service()], probe(pythons=[python], files={**TOOLS, **stamp()}))
+    assert (result["missing"], result["prepared"]) == (["/opt/vllm/venvs/cpu-0.32.0"], False)
+    assert result["python"] == python["path"]
+
+
+def test_what_triton_compiles_with() -> None:
+    seen = probe(pythons=[{**PYTHON, "headers": False}], programs=[])
+    assert sorted(judge([service(device="cuda")], seen)["packages"]) == ["gcc", "python3.11-dev"]
+    assert sorted(judge([service(device="cuda")], seen, os_family="RedHat")["packages"]) == ["gcc", "python3.11-devel"]
+    assert judge([service()], seen)["packages"] == []
+    (problem,) = judge([service(device="cuda")], seen, may_install=False)["problems"]
+    assert "gcc is missing" in problem and "apt-get or dnf install" in problem
+
+
+class TestContainers:
+    IMAGE: ClassVar[dict[str, str]] = {"reference": "vllm/vllm-openai:v1", "archive": "", "checksum": ""}
+
+    def judge(self, **settings: Any) -> list[str]:
+        docker = {"version": "29.0", "cdi": False, "images": {}, "free_mib": 99999, **settings.pop("docker", {})}
+        services = [
+            {**service(name, "cuda", port, venv=False), "image": self.IMAGE} for name, port in (("a", 1), ("b", 2))
+        ]
+        problems: list[str] = judge(services, probe(docker=docker), **settings)["problems"]
+        return problems
+
+    def test_room_for_each_image_once(self) -> None:
+        assert self.judge(docker={"free_mib": 40000}) == []
+        (problem,) = self.judge(docker={"free_mib": 39999})
+        assert problem.startswith("Docker's folder has 39999 MiB free and vllm/vllm-openai:v1 needs 40000: make room")
+        there = {"images": {"vllm/vllm-openai:v1": "sha256:1"}, "free_mib": 0}
+        assert self.judge(docker=there) == []
+
+    def test_docker_is_installed_by_root(self) -> None:
+        assert self.judge(docker={"version": ""}) == []
+        (problem,) = self.judge(docker={"version": ""}, may_install=False)
+        assert "set vllm_runtime: venv" in problem
+        assert self.judge(may_install=False) == []
 
 
 @pytest.mark.parametrize("tools", ["", "{", "[]", "null", '{"packages": ["uv==0.9", "supervisor==2.0"]}'])
@@ -94,7 +153,7 @@ def test_a_given_environment_needs_tools_only_for_supervisor(manager: str, prepa
     ],
 )
 def test_the_python_that_every_build_takes(devices: list[str], versions: list[str], taken: str) -> None:
-    pythons = [{"path": f"/p/{version}", "version": version, "venv": True} for version in versions]
+    pythons = [{"path": f"/p/{version}", "version": version, "venv": True, "headers": True} for version in versions]
     services = [service(device, device, port) for port, device in enumerate(devices, 8000)]
     assert judge(services, probe(pythons=pythons))["python"] == f"/p/{taken}"
 

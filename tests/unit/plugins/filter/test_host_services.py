@@ -17,6 +17,19 @@ SETTINGS = {
     "log_dir": "/var/log/vllm",
     "bind": "127.0.0.1",
     "start_timeout": 900,
+    "drain_timeout": 60,
+    "user": "vllm",
+    "architecture": "x86_64",
+    "gpu": {"gpus": [], "cpu": {"memory_available_mib": 30000, "memory_own_mib": 0}},
+    "container": {
+        "mirror": "",
+        "images": {},
+        "gpus": "request",
+        "shm_size": "10g",
+        "nofile": 1048576,
+        "log_options": {"max-size": "50m"},
+        "options": [],
+    },
     "open_paths": ["/health", "/metrics"],
     "python": "",
     "manager": "systemd",
@@ -59,6 +72,7 @@ def test_under_systemd() -> None:
         "/etc/systemd/system/vllm-chat.service",
         "/etc/vllm/chat/endpoint.json",
         "/etc/vllm/chat/api_key",
+        "/etc/vllm/chat/plan.json",
         "/etc/vllm/chat/env",
         "/etc/vllm/chat/start.sh",
     ]
@@ -68,7 +82,7 @@ def test_under_supervisor() -> None:
     (svc,) = here(manager="supervisor")
     assert svc["unit_file"] == "/opt/vllm/supervisor/conf.d/vllm-chat.conf"
     assert svc["pid_command"] == [*SETTINGS["supervisorctl"], "pid", "vllm-chat"]
-    assert svc["log_command"] == ["tail", "--lines=200", "/var/log/vllm/chat.log"]
+    assert svc["log_command"] == ["tail", "--lines=4000", "/var/log/vllm/chat.log"]
 
 
 def test_the_command() -> None:
@@ -77,7 +91,7 @@ def test_the_command() -> None:
     assert command[:5] == [
         svc["python"],
         "-m",
-        "vllm.entrypoints.openai.api_server",
+        "baremetal_serve",
         "--model",
         "/srv/models/random-llama",
     ]

@@ -9,6 +9,7 @@ import pwd
 import shutil
 import socket
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,9 @@ def test_pythons_that_run(probe: Callable[..., Any], tmp_path: Path) -> None:
         executable(tmp_path / "again", f'#!/bin/sh\nexec {sys.executable} "$@"\n'),  # the same, by another name
     ]
     version = ".".join(map(str, sys.version_info[:3]))
-    assert probe(pythons=candidates)["pythons"] == [{"path": sys.executable, "version": version, "venv": True}]
+    (found,) = probe(pythons=candidates)["pythons"]
+    headers = (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
+    assert found == {"path": sys.executable, "version": version, "venv": True, "headers": headers}
 
 
 def test_a_python_that_cannot_make_environments(probe: Callable[..., Any], tmp_path: Path) -> None:

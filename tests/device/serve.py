@@ -1,0 +1,206 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Brings up four services on this machine's GPUs with `ansible-playbook site.yml`, and compares plan and reality.
+
+    pip download --dest wheels --no-deps supervisor==4.3.0     # before, for a machine without a network
+    tests/device/serve.py VLLM_PYTHON OUT.json [--wheels wheels] [--python PYTHON] [--ansible PLAYBOOK] [--keep]
+
+VLLM_PYTHON is the interpreter of an environment that holds vLLM; nothing is installed, no network, Docker or systemd is
+needed. Weights are dummies (--load-format dummy) behind the real models' config.json; files of the real size take no
+disk. Services: a 7B as two replicas of TP 1, a 32B on TP 2, a mixture of experts and an embedding model, on four GPUs.
+With two GPUs the 32B is left out; with one, only the 7B (TP 1), a second one and the embedding model run.
+
+Runs site.yml twice (the second must change nothing), changes one service, sees that only that one restarted, and tears
+down. Prints a line for each service, writes all of it to OUT.json, and exits with 1 if something did not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "collections"))
+from ansible_collections.baremetal.vllm.plugins.module_utils import random_llama  # noqa: E402
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.model import parse_config  # noqa: E402
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.tables import load  # noqa: E402
+
+# Measured KV tokens may be this much off the plan (docs/performance.md has the planner's own bounds).
+BOUND = 0.10
+RECAP = re.compile(r"^here\s*:.*?changed=(\d+).*?failed=(\d+)", re.M)
+
+
+def configs() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = json.loads((ROOT / "tests/benchmarks/truth/configs.json").read_text())
+    return {**found, "bge-m3": load("models")["models"]["BAAI/bge-m3"]["config"]}
+
+
+def make_model(folder: Path, config: dict[str, Any]) -> None:
+    """A model's folder: its configuration, a tokenizer that will do, and a hole of its weights' size."""
+    folder.mkdir(parents=True)
+    made = folder / "made"
+    random_llama.write(str(made), 0)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.move(made / name, folder / name)
+    shutil.rmtree(made)
+    (folder / "config.json").write_text(json.dumps(config))
+    with (folder / "model.safetensors").open("wb") as handle:
+        handle.truncate(int(parse_config(config).parameters * 2))
+
+
+def services(gpus: int, models: Path) -> list[dict[str, Any]]:
+    dummy = {"extra_args": ["--load-format", "dummy"]}
+    chat = {"name": "chat", "model": str(models / "qwen2.5-7b"), "max_model_len": 8192, **dummy}
+    chat |= {"tensor_parallel_size": 1, "data_parallel_size": min(gpus, 2)}
+    big = {
+        "name": "big",
+        "model": str(models / "qwen2.5-32b"),
+        "max_model_len": 8192,
+        "tensor_parallel_size": 2,
+        **dummy,
+    }
+    moe = {"name": "moe", "model": str(models / "qwen3-30b-a3b"), "max_model_len": 8192, "gpus": 1, **dummy}
+    embed = {"name": "embed", "model": str(models / "bge-m3"), "max_model_len": 8192, **dummy}
+    if gpus >= 4:
+        return [chat, big, moe, embed]
+    if gpus >= 2:
+        return [chat, moe, embed]
+    return [chat, {**chat, "name": "second", "max_model_len": 4096}, embed]
+
+
+class Play:
+    """site.yml on this machine with the services of a file."""
+
+    def __init__(self, work: Path, options: argparse.Namespace) -> None:
+        self.work, self.options = work, options
+        self.data = Path("/tmp/serve-device")
+
+    def settings(self, entries: list[dict[str, Any]]) -> None:
+        variables = {
+            "vllm_services": entries,
+            "vllm_existing_python": self.options.vllm_python,
+            "vllm_python": self.options.python or self.options.vllm_python,
+            "vllm_service_manager": "supervisor",
+            "vllm_verify_client": "never",
+            "vllm_user": "{{ ansible_facts['user_id'] }}",
+            "vllm_root": str(self.data),
+            "vllm_config_dir": str(self.data / "config"),
+            "vllm_state_dir": str(self.data / "state"),
+            "vllm_log_dir": str(self.data / "log"),
+            "ansible_become": False,
+            "preflight_allow_untested_distribution": True,
+        }
+        hosts = {"here": {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}}
+        (self.work / "hosts.yml").write_text(json.dumps({"all": {"hosts": hosts, "vars": variables}}))
+
+    def run(self, playbook: str = "site.yml", ok: bool = True) -> tuple[str, int, float]:
+        """(output, changed, seconds)."""
+        environment = {**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_COLLECTIONS_PATH": str(ROOT / "collections")}
+        if self.options.wheels:
+            environment |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.options.wheels.resolve())}
+        start = time.monotonic()
+        process = subprocess.Popen(
+            [self.options.ansible, playbook, "-i", str(self.work / "hosts.yml")],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        lines = []
+        for line in process.stdout or []:
+            lines.append(line)
+            if re.match(r"\s+\[here\]|fatal|TASK .*(Wait|Plan|Prove)", line):
+                print(f"{time.monotonic() - start:5.0f} s {line.rstrip()[:400]}", flush=True)
+        output, seconds = "".join(lines), time.monotonic() - start
+        if ok and process.wait() != 0:
+            print(output[-6000:])
+            sys.exit(f"serve: {playbook} failed")
+        match = RECAP.search(output)
+        return output, int(match[1]) if match else -1, seconds
+
+    def measured(self) -> dict[str, dict[str, Any]]:
+        files = sorted(self.data.glob("config/*/measured.json"))
+        return {path.parent.name: json.loads(path.read_text()) for path in files}
+
+    def pid(self, name: str) -> str:
+        control = [self.data / "tools/bin/supervisorctl", f"--configuration={self.data}/supervisor/supervisord.conf"]
+        done = subprocess.run([*map(str, control), "pid", f"vllm-{name}"], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("vllm_python")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--ansible", default=str(ROOT / ".venv/bin/ansible-playbook"))
+    parser.add_argument("--python", help="interpreter to make the supervisor's environment with, if not VLLM_PYTHON")
+    parser.add_argument("--wheels", type=Path, help="folder with supervisor's wheel, for a machine without a network")
+    parser.add_argument("--keep", action="store_true", help="leave the services running")
+    options = parser.parse_args()
+    smi = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    gpus = len([line for line in smi.stdout.splitlines() if line.startswith("GPU ")])
+    if not gpus:
+        sys.exit("serve: nvidia-smi lists no GPU on this machine")
+    failures: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        play = Play(work, options)
+        entries = services(gpus, work / "models")
+        for entry in entries:
+            path = Path(entry["model"])
+            if not path.exists():
+                make_model(path, configs()[path.name])
+        play.settings(entries)
+        try:
+            _, _, first = play.run()
+            seen = play.measured()
+            _, changed, second = play.run()
+            if changed != 0:
+                failures.append(f"the second run changed {changed}")
+            before = {entry["name"]: play.pid(entry["name"]) for entry in entries}
+            entries[-1]["max_num_seqs"] = 64
+            play.settings(entries)
+            output, _, third = play.run()
+            after = {entry["name"]: play.pid(entry["name"]) for entry in entries}
+            restarted = [name for name in before if before[name] != after[name]]
+            if restarted != [entries[-1]["name"]]:
+                failures.append(f"a change of {entries[-1]['name']} restarted {', '.join(restarted) or 'nothing'}")
+            stood_by = "answered all the time" in output
+        finally:
+            if not options.keep:
+                play.run("playbooks/teardown.yml", ok=False)
+        rows = []
+        for name, row in seen.items():
+            planned, found = row["planned"].get("kv_cache_tokens", 0), row["measured"].get("kv_cache_tokens", 0)
+            off = found / planned - 1 if planned else 0.0
+            if planned and not -BOUND <= off <= BOUND:
+                failures.append(f"{name}: {found} KV tokens measured, {planned} planned ({off:+.1%})")
+            rows.append({"service": name, "planned": planned, "measured": found, "off": round(off, 4), **row})
+            weights = f"{row['measured'].get('weights_gib', 0):.2f} of {row['planned'].get('weights_gib', 0):.2f} GiB"
+            print(
+                f"serve: {name:7} KV tokens {found:>9} planned {planned:>9} ({off:+.1%}), weights {weights}, "
+                f"up in {row['seconds']:.0f} s {row['stages']}"
+            )
+        told = {"gpus": gpus, "first_s": first, "second_s": second, "change_s": third, "stood_by": stood_by,
+                "services": rows, "failures": failures}  # fmt: skip
+        options.out.write_text(json.dumps(told, indent=1) + "\n")
+    print(f"serve: first run {first:.0f} s, second {second:.0f} s (changed={changed}), change of one {third:.0f} s"
+          f"{', another server stood by' if stood_by else ''}")  # fmt: skip
+    for failure in failures:
+        print(f"serve: FAILED {failure}")
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()
