@@ -15,7 +15,11 @@ from pathlib import Path
 
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 KEYS = ("index-url", "extra-index-url", "find-links")
-UV = {"index-url": ("UV_DEFAULT_INDEX", " "), "extra-index-url": ("UV_INDEX", " "), "find-links": ("UV_FIND_LINKS", ",")}
+UV = {
+    "index-url": ("UV_DEFAULT_INDEX", " "),
+    "extra-index-url": ("UV_INDEX", " "),
+    "find-links": ("UV_FIND_LINKS", ","),
+}
 
 
 def settings() -> dict[str, list[str]]:

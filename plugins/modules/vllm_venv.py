@@ -200,11 +200,13 @@ def main():
     )
     params, path = module.params, module.params["path"]
     # A release of Python that is exchanged under an environment breaks it.
-    code, version, dummy = module.run_command(
-        [params["python"], "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
-    )
+    ask = [params["python"], "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
+    try:
+        version = module.run_command(ask, handle_exceptions=False)[1].strip()
+    except OSError:
+        version = ""  # making the environment will say so
     wanted = {
-        "python": [params["python"], version.strip() if code == 0 else ""],
+        "python": [params["python"], version],
         "packages": sorted(params["packages"]),
         "without": sorted(params["without"] or []),
         "torch": params["torch_backend"],

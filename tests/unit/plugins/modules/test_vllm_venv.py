@@ -64,8 +64,8 @@ def venv(
 
 @pytest.fixture(scope="session")
 def uv(tool_environment: Callable[..., Path]) -> str:
-    tools = yaml.safe_load((ROOT / "roles/vllm/vars/main.yml").read_text())["__vllm_tools"]
-    return str(tool_environment(next(tool for tool in tools if tool.startswith("uv=="))) / "uv")
+    requirement = yaml.safe_load((ROOT / "roles/vllm/vars/main.yml").read_text())["__vllm_uv"]
+    return str(tool_environment(requirement) / "uv")
 
 
 @pytest.fixture
