@@ -12,16 +12,14 @@ description:
     all have it after little more than the time for one. The first takes it from the hub, or from hosts that have it
     already; with several of those there are several lines.
   - Each host knows all that stand before it, the nearest first, and goes on to the next when one fails.
-positional: port, share, verify
+positional: share, verify
 options:
   _input:
-    description: The hosts, each with C(name), C(address) and C(models), what is to be on it as P(baremetal.vllm.models_here#filter) says.
+    description:
+      - The hosts, each with C(name), C(address), C(port) and C(models), what is to be on it as P(baremetal.vllm.models_here#filter)
+        says. On C(port) a host hands the first model on; each further one has the next port.
     type: list
     elements: dict
-    required: true
-  port:
-    description: Port on which hosts hand the first model on; each further one has the next port.
-    type: int
     required: true
   share:
     description: Whether hosts hand models on.
@@ -38,7 +36,7 @@ author:
 EXAMPLES = r"""
 - name: Show them
   ansible.builtin.debug:
-    msg: "{{ [{'name': 'a', 'address': '10.0.0.1', 'models': model_infos.values()}] | baremetal.vllm.model_transfers(18670) }}"
+    msg: "{{ [{'name': 'a', 'address': '10.0.0.1', 'port': 18670, 'models': model_infos.values()}] | baremetal.vllm.model_transfers }}"
 """
 
 RETURN = r"""
@@ -53,15 +51,15 @@ _value:
 from typing import Any
 
 
-def _routes(hosts: list[dict[str, Any]], port: int, share: bool) -> dict[str, dict[str, Any]]:
-    """hosts: name, address, model. Host -> upstreams, downstreams, port."""
+def _routes(hosts: list[dict[str, Any]], number: int, share: bool) -> dict[str, dict[str, Any]]:
+    """hosts: name, address, port, model; number: of the model. Host -> upstreams, downstreams, port."""
     having = [host for host in hosts if host["model"]["present"]]
     needing = [host for host in hosts if not host["model"]["present"]]
     # A host that has the files and lacks a link only needs no neighbour.
     if share and needing:
         lines = [[host] for host in having[: len(needing)]] or [[]]
-        for number, host in enumerate(needing):
-            lines[number % len(lines)].append(host)
+        for index, host in enumerate(needing):
+            lines[index % len(lines)].append(host)
     else:
         lines = [[host] for host in needing]
     routes: dict[str, dict[str, Any]] = {}
@@ -70,16 +68,14 @@ def _routes(hosts: list[dict[str, Any]], port: int, share: bool) -> dict[str, di
             before = [] if host["model"]["present"] else reversed(line[:place])
             last = place + 1 == len(line)
             routes[host["name"]] = {
-                "upstreams": [{"host": other["address"], "port": port} for other in before],
+                "upstreams": [{"host": other["address"], "port": other["port"] + number} for other in before],
                 "downstreams": int(not last),
-                "port": None if last else port,
+                "port": None if last else host["port"] + number,
             }
     return routes
 
 
-def model_transfers(
-    hosts: list[dict[str, Any]], port: int, share: bool = True, verify: bool = False
-) -> list[dict[str, Any]]:
+def model_transfers(hosts: list[dict[str, Any]], share: bool = True, verify: bool = False) -> list[dict[str, Any]]:
     found: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for host in hosts:
         for model in host["models"]:
@@ -89,7 +85,7 @@ def model_transfers(
     transfers: list[dict[str, Any]] = []
     for key in sorted(found):
         there = found[key]
-        routes = _routes(list(there.values()), port + len(transfers), share)
+        routes = _routes(list(there.values()), len(transfers), share)
         if verify:
             for name in there:
                 routes.setdefault(name, {"upstreams": [], "downstreams": 0, "port": None})

@@ -164,8 +164,11 @@ def fetch(site: Site, hosts: list[str], model: Any, line: bool) -> list[Any]:
     from ansible_collections.baremetal.vllm.plugins.filter.peer_certificate import peer_certificate
 
     credentials = peer_certificate("benchmark")
-    there = [{"name": host, "address": site.addresses[host], "models": [{**model, "problem": ""}]} for host in hosts]
-    (transfer,) = model_transfers(there, PORT, share=line)
+    there = [
+        {"name": host, "address": site.addresses[host], "port": PORT, "models": [{**model, "problem": ""}]}
+        for host in hosts
+    ]
+    (transfer,) = model_transfers(there, share=line)
     processes = []
     for host in hosts:
         route = {key: value for key, value in transfer["hosts"][host].items() if key != "model"}

@@ -34,7 +34,12 @@ def info(present: bool = False, model: str = "a/b", commit: str = "c1", **facts:
 def hosts(*having: bool | None) -> list[dict[str, Any]]:
     """Hosts that have the model, need it, or have nothing to do with it."""
     return [
-        {"name": f"h{number}", "address": f"10.0.0.{number}", "models": [] if has is None else [info(has)]}
+        {
+            "name": f"h{number}",
+            "address": f"10.0.0.{number}",
+            "port": 18670,
+            "models": [] if has is None else [info(has)],
+        }
         for number, has in enumerate(having)
     ]
 
@@ -44,27 +49,27 @@ def upstreams(transfer: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def test_a_line_from_the_hub() -> None:
-    (transfer,) = model_transfers(hosts(False, None, False, False), 18670)
+    (transfer,) = model_transfers(hosts(False, None, False, False))
     assert upstreams(transfer) == {"h0": [], "h2": ["10.0.0.0"], "h3": ["10.0.0.2", "10.0.0.0"]}
-    assert [transfer["hosts"][name]["port"] for name in ("h0", "h2", "h3")] == [18670, 18670, None]
+    assert [transfer["hosts"][name]["port"] for name in ("h0", "h2", "h3")] == [18670, None]
     assert [transfer["hosts"][name]["downstreams"] for name in ("h0", "h2", "h3")] == [1, 1, 0]
     assert transfer["shared"]
 
 
 def test_one_host_alone_opens_no_port() -> None:
-    (transfer,) = model_transfers(hosts(False), 18670)
+    (transfer,) = model_transfers(hosts(False))
     assert transfer["shared"] is False
     assert transfer["hosts"]["h0"]["port"] is None
 
 
 def test_a_host_that_joins_takes_it_from_a_neighbour() -> None:
-    (transfer,) = model_transfers(hosts(True, True, False), 18670)
+    (transfer,) = model_transfers(hosts(True, True, False))
     assert upstreams(transfer) == {"h0": [], "h2": ["10.0.0.0"]}
     assert transfer["hosts"]["h0"]["downstreams"] == 1
 
 
 def test_several_that_have_it_make_several_lines() -> None:
-    (transfer,) = model_transfers(hosts(True, False, True, False, False), 18670)
+    (transfer,) = model_transfers(hosts(True, False, True, False, False))
     assert upstreams(transfer) == {
         "h0": [],
         "h2": [],
@@ -75,21 +80,21 @@ def test_several_that_have_it_make_several_lines() -> None:
 
 
 def test_without_sharing_each_asks_the_hub() -> None:
-    (transfer,) = model_transfers(hosts(False, False, True), 18670, share=False)
+    (transfer,) = model_transfers(hosts(False, False, True), share=False)
     assert upstreams(transfer) == {"h0": [], "h1": []}
     assert transfer["shared"] is False
 
 
 def test_all_there_is_nothing_to_do_unless_it_is_to_be_verified() -> None:
-    assert model_transfers(hosts(True, True), 18670) == []
-    (transfer,) = model_transfers(hosts(True, True), 18670, verify=True)
+    assert model_transfers(hosts(True, True)) == []
+    (transfer,) = model_transfers(hosts(True, True), verify=True)
     assert upstreams(transfer) == {"h0": [], "h1": []}
 
 
 def test_each_model_has_a_port_of_its_own() -> None:
     models = [info(), info(model="c/d", commit="c2"), info(commit="", source="path"), info(problem="no", model="e/f")]
-    there = [{"name": name, "address": name, "models": models} for name in ("x", "y")]
-    assert [(each["model"], each["hosts"]["x"]["port"]) for each in model_transfers(there, 7)] == [
+    there = [{"name": name, "address": name, "port": 7, "models": models} for name in ("x", "y")]
+    assert [(each["model"], each["hosts"]["x"]["port"]) for each in model_transfers(there)] == [
         ("a/b", 7),
         ("c/d", 8),
     ]
