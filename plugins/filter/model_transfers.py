@@ -43,7 +43,7 @@ RETURN = r"""
 _value:
   description:
     - One entry a model and commit, C(model), C(shared) and C(hosts). That is host -> C(model) (what M(baremetal.vllm.model_info)
-      said there), C(upstreams), C(downstreams) and C(port). Hosts that have nothing to do are left out.
+      said there), C(upstreams), C(downstream) and C(port). Hosts that have nothing to do are left out.
   type: list
   elements: dict
 """
@@ -68,9 +68,9 @@ def _routes(hosts: list[dict[str, Any]], number: int, share: bool) -> dict[str, 
             before = [] if host["model"]["present"] else reversed(line[:place])
             last = place + 1 == len(line)
             routes[host["name"]] = {
-                "upstreams": [{"host": other["address"], "port": other["port"] + number} for other in before],
-                "downstreams": int(not last),
-                "port": None if last else host["port"] + number,
+                "upstreams": [{"host": other["address"], "port": int(other["port"]) + number} for other in before],
+                "downstream": None if last else line[place + 1]["name"],
+                "port": None if last else int(host["port"]) + number,
             }
     return routes
 
@@ -88,7 +88,7 @@ def model_transfers(hosts: list[dict[str, Any]], share: bool = True, verify: boo
         routes = _routes(list(there.values()), len(transfers), share)
         if verify:
             for name in there:
-                routes.setdefault(name, {"upstreams": [], "downstreams": 0, "port": None})
+                routes.setdefault(name, {"upstreams": [], "downstream": None, "port": None})
         if routes:
             transfers.append(
                 {

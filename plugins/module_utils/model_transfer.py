@@ -43,9 +43,14 @@ SEGMENT = 8 * 1024 * MIB
 ATTEMPTS = 8
 REFUSALS = 3  # of 401, 403 and 404: the listing has been allowed, so that one of them may be a hiccup
 MISMATCHES = 3
-# Seconds for which a neighbour may be silent before the next source is asked, and that a server waits for its neighbours.
+# Seconds without a word from any neighbour after which the hub is asked, once one has been heard and before: hosts start one
+# after the other. Then until the neighbours are tried again, and until a nearer one is tried that was not there.
 PEER_GRACE = 20
-PEER_LINGER = 60
+PEER_START = 90
+PEER_AGAIN = 60
+PEER_NEARER = 5
+PEER_CONNECT = 5
+PEER_LINGER = 120
 NETWORK = (URLError, HTTPException, ssl.SSLError, socket.timeout, ConnectionError, OSError, ValueError)
 
 # What runs in the environment of the official clients: reads one job a line, writes one answer a line. Both libraries are
@@ -223,9 +228,10 @@ class Fetch(object):
         self.own = threading.local()
         self.clients = []
         self.server = None
-        self.source = 0
+        self.source, self.source_since = 0, time.time()
         self.source_lock = threading.Lock()
-        self.peer_heard = time.time()
+        # When the hub is asked if no neighbour is heard until then.
+        self.peer_deadline = time.time() + self.job["peers"].get("start", PEER_START)
         self.context = None
 
     # ---- the whole ----
@@ -466,7 +472,7 @@ class Fetch(object):
             try:
                 if source is not None:
                     self._from_peer(source, entry, size, part, digests)
-                    self.peer_heard = time.time()
+                    self.peer_deadline = time.time() + self.job["peers"].get("grace", PEER_GRACE)
                 elif self.job["client_python"]:
                     self._from_client(entry, part)
                 else:
@@ -551,35 +557,44 @@ class Fetch(object):
     # ---- sources ----
 
     def _source(self):
-        """(number, neighbour); None for the hub."""
+        """(number, neighbour); None for the hub. The nearest that answers is the best, as each of them has one uplink."""
         upstreams = self.job["peers"].get("upstreams") or []
         with self.source_lock:
+            patience = PEER_NEARER if self.source < len(upstreams) else PEER_AGAIN
+            if self.source and time.time() - self.source_since > patience:
+                self.source, self.source_since = 0, time.time()
             return self.source, upstreams[self.source] if self.source < len(upstreams) else None
 
     def _peer_failed(self, number, error):
-        """Goes on to the next source once the neighbour has been silent for long enough."""
+        """Goes on to the next one; from the last to the first again until it is time for the hub."""
         upstreams = self.job["peers"]["upstreams"]
         with self.source_lock:
-            if number != self.source or time.time() - self.peer_heard < self.job["peers"].get("grace", PEER_GRACE):
+            if number != self.source:
                 return
-            if number + 1 == len(upstreams) and not self.job["peers"].get("hub", True):
+            self.source, self.source_since = number + 1, time.time()
+            if self.source < len(upstreams):
+                return
+            if time.time() < self.peer_deadline:
+                self.source = 0
+                return
+            if not self.job["peers"].get("hub", True):
                 raise Failed(
                     "no neighbour can be reached for %s (%s), and this host does not ask the hub: open port %d between the "
                     "hosts" % (self.model["model"], error, upstreams[number]["port"])
                 )
-            self.source += 1
-            self.peer_heard = time.time()
-        where = "%(host)s:%(port)d" % upstreams[number]
-        self.status.note("%s does not give %s (%s): asked the next source" % (where, self.model["model"], error))
+        self.status.note("no neighbour gives %s (%s): asked the hub" % (self.model["model"], error))
 
     def _from_peer(self, peer, entry, offset, part, digests):
         connection = getattr(self.own, "connection", None)
         if connection is None or (connection.host, connection.port) != (peer["host"], peer["port"]):
             if self.context is None:
                 self.context = tls_context(self.job["peers"], self.staging, False)
-            connection = HTTPSConnection(peer["host"], peer["port"], timeout=self.job["timeout"], context=self.context)
+            connection = HTTPSConnection(peer["host"], peer["port"], timeout=PEER_CONNECT, context=self.context)
             self.own.connection = connection
         try:
+            if connection.sock is None:
+                connection.connect()
+                connection.sock.settimeout(self.job["timeout"])
             connection.request(
                 "GET", "/%s/%s" % (self.commit, quote(entry["path"])), headers={"Range": "bytes=%d-" % offset}
             )
@@ -671,13 +686,13 @@ class Fetch(object):
     # ---- neighbours ----
 
     def say_done(self):
-        """Tells the neighbour that it is no longer needed. That it has gone already is no harm."""
-        dummy, peer = self._source()
-        if peer is None or self.context is None:
+        """Tells the neighbour that waits for it that this host needs nothing more. That it has gone already is no harm."""
+        if self.context is None:
             return
-        connection = HTTPSConnection(peer["host"], peer["port"], timeout=5, context=self.context)
+        peer = self.job["peers"]["upstreams"][0]
+        connection = HTTPSConnection(peer["host"], peer["port"], timeout=PEER_CONNECT, context=self.context)
         try:
-            connection.request("POST", "/done", headers={"Content-Length": "0"})
+            connection.request("POST", "/" + quote(self.job["peers"]["name"]), headers={"Content-Length": "0"})
             connection.getresponse().read()
         except NETWORK:
             pass
@@ -757,7 +772,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         self.server.heard = time.time()
-        self.server.done += 1
+        self.server.done.add(unquote(self.path).lstrip("/"))
         self._answer(200)
 
     def _answer(self, status, length=0, content_range=None):
@@ -780,22 +795,24 @@ class Server(ThreadingMixIn, HTTPServer):
 
     def __init__(self, fetch):
         self.fetch, self.peers = fetch, fetch.job["peers"]
-        self.heard, self.done = time.time(), 0
+        self.heard, self.done = time.time(), set()
         self.context = tls_context(self.peers, fetch.staging, True)
-        deadline = time.time() + PEER_LINGER
-        while True:
-            try:
-                HTTPServer.__init__(self, ("", self.peers["port"]), Handler)
-                break
-            except OSError as error:
-                if time.time() > deadline:
-                    raise Failed(
-                        "port %d for the neighbours: %s: give another model_peer_port" % (self.peers["port"], error)
-                    )
-                time.sleep(1)
-        thread = threading.Thread(target=self.serve_forever)
+        HTTPServer.__init__(self, ("", self.peers["port"]), Handler, bind_and_activate=False)
+        thread = threading.Thread(target=self._serve)
         thread.daemon = True
         thread.start()
+
+    def _serve(self):
+        # An earlier run may still be handing on what it has.
+        while True:
+            try:
+                self.server_bind()
+                self.server_activate()
+                break
+            except OSError as error:
+                self.fetch.status.note("port %d for the neighbours: %s" % (self.peers["port"], error.strerror))
+                time.sleep(1)
+        self.serve_forever()
 
     def finish_request(self, request, client_address):
         request.settimeout(Handler.timeout)
@@ -812,11 +829,11 @@ class Server(ThreadingMixIn, HTTPServer):
         """Neighbours come and go, and strangers are turned away."""
 
     def linger(self):
-        """Until all neighbours have what they need, or nobody has asked for a while."""
+        """Until the neighbour behind this host has what it needs, or nobody has asked for a while."""
         self.heard = time.time()
-        while self.done < self.peers.get("downstreams", 0) and time.time() - self.heard < self.peers.get(
-            "linger", PEER_LINGER
-        ):
+        while self.peers["downstream"] not in self.done:
+            if time.time() - self.heard > self.peers.get("linger", PEER_LINGER):
+                break
             time.sleep(0.1)
 
 

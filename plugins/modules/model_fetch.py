@@ -108,10 +108,12 @@ options:
             description: Port.
             type: int
             required: true
-      downstreams:
-        description: How many neighbours ask this host.
-        type: int
-        default: 0
+      name:
+        description: Name of this host.
+        type: str
+      downstream:
+        description: Name of the neighbour that asks this host first. Until that has the model, it is handed on.
+        type: str
       port:
         description: Port on which this host hands the model on.
         type: int
@@ -119,14 +121,18 @@ options:
         description: Whether this host may ask the hub when no neighbour answers.
         type: bool
         default: true
+      start:
+        description: Seconds for which the hub is not asked at first while no neighbour answers, as hosts start one by one.
+        type: int
+        default: 90
       grace:
-        description: Seconds for which a neighbour may be silent before the next source is asked.
+        description: Seconds without a word from any neighbour after which the hub is asked, once one has been heard.
         type: int
         default: 20
       linger:
         description: Seconds without a request after which a host that has the model stops handing it on.
         type: int
-        default: 60
+        default: 120
       certificate:
         description: PEM of the certificate that all hosts of this run have.
         type: str
@@ -253,11 +259,13 @@ def main():
             "default": [],
             "options": {"host": {"type": "str", "required": True}, "port": {"type": "int", "required": True}},
         },
-        "downstreams": {"type": "int", "default": 0},
+        "name": {"type": "str"},
+        "downstream": {"type": "str"},
         "port": {"type": "int"},
         "hub": {"type": "bool", "default": True},
+        "start": {"type": "int", "default": 90},
         "grace": {"type": "int", "default": 20},
-        "linger": {"type": "int", "default": 60},
+        "linger": {"type": "int", "default": 120},
         "certificate": {"type": "str"},
         "key": {"type": "str", "no_log": True},
     }

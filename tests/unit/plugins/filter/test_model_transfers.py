@@ -51,8 +51,8 @@ def upstreams(transfer: dict[str, Any]) -> dict[str, list[str]]:
 def test_a_line_from_the_hub() -> None:
     (transfer,) = model_transfers(hosts(False, None, False, False))
     assert upstreams(transfer) == {"h0": [], "h2": ["10.0.0.0"], "h3": ["10.0.0.2", "10.0.0.0"]}
-    assert [transfer["hosts"][name]["port"] for name in ("h0", "h2", "h3")] == [18670, None]
-    assert [transfer["hosts"][name]["downstreams"] for name in ("h0", "h2", "h3")] == [1, 1, 0]
+    assert [transfer["hosts"][name]["port"] for name in ("h0", "h2", "h3")] == [18670, 18670, None]
+    assert [transfer["hosts"][name]["downstream"] for name in ("h0", "h2", "h3")] == ["h2", "h3", None]
     assert transfer["shared"]
 
 
@@ -65,7 +65,7 @@ def test_one_host_alone_opens_no_port() -> None:
 def test_a_host_that_joins_takes_it_from_a_neighbour() -> None:
     (transfer,) = model_transfers(hosts(True, True, False))
     assert upstreams(transfer) == {"h0": [], "h2": ["10.0.0.0"]}
-    assert transfer["hosts"]["h0"]["downstreams"] == 1
+    assert transfer["hosts"]["h0"]["downstream"] == "h2"
 
 
 def test_several_that_have_it_make_several_lines() -> None:

@@ -400,7 +400,8 @@ def line(hub: Hub, tmp_path: Path, port: int) -> Callable[..., list[Any]]:
                 peers={
                     **credentials,
                     "upstreams": [{"host": "127.0.0.1", "port": ports[before]} for before in reversed(range(number))],
-                    "downstreams": int(number + 1 < count),
+                    "name": f"host{number}",
+                    "downstream": f"host{number + 1}" if number + 1 < count else None,
                     "port": ports[number] if number + 1 < count else None,
                     "grace": 3,
                     "linger": 5,
@@ -436,21 +437,36 @@ def test_a_host_of_the_line_dies(hub: Hub, origin: Path, line: Callable[..., lis
     assert not final(jobs[1]).exists()
 
 
+def test_hosts_that_start_late_and_out_of_order(hub: Hub, origin: Path, line: Callable[..., list[Any]]) -> None:
+    """The one between comes when the others have long begun: nobody asks the hub twice, nobody is left alone."""
+    hub.link = Link(2_000_000)
+    jobs = line(4)
+    processes = {}
+    for number in (3, 0, 2):
+        processes[number] = model_jobs.spawn(jobs[number])
+    time.sleep(2.5)
+    processes[1] = model_jobs.spawn(jobs[1])
+    assert [os.waitpid(process, 0)[1] for process in processes.values()] == [0] * 4
+    for job in jobs:
+        assert same(final(job), origin)
+    assert hub.sent_bytes == sum(entry["size"] for entry in jobs[0]["model"]["files"])
+
+
 def test_strangers_are_turned_away(hub: Hub, origin: Path, line: Callable[..., list[Any]]) -> None:
     """Who has another key gets nothing from the line, and goes to the hub."""
     first, second = line(2)
-    second["peers"].update(peer_certificate("stranger"), grace=0)
+    second["peers"].update(peer_certificate("stranger"), start=1)
     process = model_jobs.spawn(first)
     status = model_jobs.run(second)[1]
     os.waitpid(process, 0)
     assert status["peer_bytes"] == 0
     assert same(final(second), origin)
-    assert "asked the next source" in status["notes"][0]
+    assert "asked the hub" in status["notes"][0]
 
 
 def test_no_neighbour_and_no_hub(line: Callable[..., list[Any]]) -> None:
     second = line(2, hub=False)[1]
-    second["peers"]["grace"] = 0
+    second["peers"]["start"] = 1
     with pytest.raises(Failed, match=r"no neighbour can be reached .* open port \d+ between the hosts"):
         model_jobs.run(second)
 
