@@ -87,7 +87,7 @@ class Site:
         full = f"{LABEL}-{name}"
         # Before everything else that the machine may be doing: what is measured is links.
         parent = ["--cgroup-parent", f"/{LABEL}"]
-        mounts = ["-v", f"{ROOT}:/src:ro", "--tmpfs", "/tmp"]
+        mounts = ["-v", f"{ROOT}:/src:ro", "--tmpfs", "/tmp:exec"]
         run = [
             "docker",
             "run",
@@ -234,10 +234,11 @@ def torrent(site: Site, hosts: list[str], model: Any, folder: Path) -> None:
             "--summary-interval=0",
         ]
         options += ["--max-upload-limit=0", "--quiet=true", "--bt-max-peers=16", "--bt-request-peer-speed-limit=100M"]
-        busy = "[ -e /tmp/models/main.aria2 ] || [ ! -e /tmp/models/main ]"
-        wait = f"aria2c {' '.join(options)} --seed-time=60 /tmp/m.torrent & while {busy}; do sleep 0.1; done"
+        # aria2 keeps its control file while it seeds; the hook tells when all is there.
+        hook = "printf '#!/bin/sh\\ntouch /tmp/done\\n' > /tmp/hook; chmod +x /tmp/hook"
+        call = f"aria2c {' '.join(options)} --seed-time=60 --on-bt-download-complete=/tmp/hook /tmp/m.torrent"
+        wait = f"{hook}; {call} & while [ ! -e /tmp/done ]; do sleep 0.1; done"
         processes.append(site.spawn(host, "sh", "-c", wait))
-    # The loop above ends when aria2's control file has gone; aria2 itself goes on seeding.
     for process in processes:
         process.wait()
 
