@@ -124,7 +124,7 @@ def same(site: Site, host: str) -> None:
 
 
 def test_one_fetch_for_a_site_and_for_who_joins_it(site: Site) -> None:
-    site.hub.link = Link(3_000_000)
+    site.hub.link = Link(800_000)
     output = site.play("a b c", arguments=("-vvv",))
     assert changed(output) == {"a": 1, "b": 1, "c": 1}
     for host in "abc":
@@ -135,6 +135,7 @@ def test_one_fetch_for_a_site_and_for_who_joins_it(site: Site) -> None:
     assert re.search(r"^a owner/tiny: fetching \d+ %, 0\.0\d of 0\.01 GiB(, [\d.]+ MiB/s, \d+ s left)?$", output, re.M)
     assert re.search(r"^b owner/tiny: 0\.01 GiB from neighbours in \d+ s$", output, re.M)
     assert "\x1b" not in output and "\r" not in output
+    site.hub.link = None
     # A second run asks the hub nothing and changes nothing.
     asked = len(site.hub.requests)
     assert changed(site.play("a b c")) == {"a": 0, "b": 0, "c": 0}
