@@ -120,6 +120,8 @@ def proxied_services(
                 "hosts": [server for server, _ in servers],
                 "model": user.get("served_model_name") or planned.get("served_model_name") or planned["model"],
                 "task": planned["instances"][0]["task"],
+                "max_model_len": planned["instances"][0]["max_model_len"],
+                "vision": "vision_config" in user.get("config", {}),
                 "tool_calls": "--enable-auto-tool-choice" in planned["args"],
                 "api_key_file": f"{settings['config_dir']}/{planned['name']}/api_key",
             }
