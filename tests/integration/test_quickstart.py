@@ -7,6 +7,8 @@ a minute on two cores, so that every restart here is one that a test needs.
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
 import os
 import re
@@ -14,6 +16,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -307,6 +310,57 @@ def test_ansible_runner_as_awx_calls_it(checkout: Checkout, tmp_path: Path) -> N
         # ansible-runner's own record of the job's environment, which env/envvars beside it holds, too.
         if artifact.is_file() and artifact.name != "command":
             assert KEY_OF_A_USER not in artifact.read_text(errors="replace"), f"{artifact} holds the key"
+
+
+def test_nothing_leaks_however_verbose(checkout: Checkout, tmp_path: Path) -> None:
+    """A run with a new key and a hub's token, as verbose and with as many records as Ansible keeps, then the benchmark."""
+    key, token = "sk-another-of-the-user-0123456789", "hf_token-of-the-user-0123456789"
+    for name in ("local", "remote", "facts"):
+        (tmp_path / name).mkdir()
+    environment = {
+        "VLLM_API_KEY": key,
+        "HF_TOKEN": token,
+        "ANSIBLE_LOG_PATH": str(tmp_path / "ansible.log"),
+        "ANSIBLE_CACHE_PLUGIN": "jsonfile",
+        "ANSIBLE_CACHE_PLUGIN_CONNECTION": str(tmp_path / "facts"),
+        "ANSIBLE_LOCAL_TEMP": str(tmp_path / "local"),
+        "ANSIBLE_REMOTE_TMP": str(tmp_path / "remote"),
+        "ANSIBLE_PIPELINING": "false",
+    }
+    seen: list[str] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        """Everybody may read everybody's command line while it runs."""
+        while not done.wait(0.02):
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                with contextlib.suppress(OSError):
+                    command = path.read_bytes()
+                    if key.encode() in command or token.encode() in command:
+                        seen.append(command.decode(errors="replace"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        runs = [["site.yml", "-i", "inventories/quickstart", "-vvv", "--diff"]]
+        bench = ["-e", "bench_preset=quick", "-e", f"bench_output_dir={tmp_path}/bench"]
+        runs.append(["playbooks/bench.yml", "-i", "inventories/quickstart", "-vvv", *bench])
+        outputs = [checkout.play(*arguments, **environment) for arguments in runs]
+    finally:
+        done.set()
+        watcher.join()
+    assert checkout.key == key, "the key was replaced"
+    assert not seen
+    assert (tmp_path / "ansible.log").stat().st_size > 100_000
+    assert list((tmp_path / "facts").iterdir())
+    assert json.loads(next((tmp_path / "bench").glob("*/*.json")).read_text())["levels"][1]["completed"] == 16
+    records = [path for path in tmp_path.rglob("*") if path.is_file()]
+    for secret in (key, token, base64.b64encode(f"{key}\n".encode()).decode()):
+        for output in outputs:
+            assert secret not in output
+        assert not [path for path in records if secret.encode() in path.read_bytes()]
+    own = [path for path in checkout.data.rglob("*") if path.is_file() and "venvs" not in path.parts]
+    assert not [path for path in own if token.encode() in path.read_bytes()]
 
 
 def test_key_is_nowhere_but_in_its_file(checkout: Checkout) -> None:
