@@ -31,6 +31,7 @@ BOOT = "/boot"
 LIBRARIES = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib")
 INSTALLER_LOG = "/var/lib/nvidia/log"
 ALTERNATE = "/usr/lib/nvidia/alternate-install-present"
+CONTAINER = r"(?:docker[-/]|cri-containerd-|libpod-)([0-9a-f]{64})"
 KERNEL_PACKAGES = re.compile(r"linux-(headers|image)-|kernel(-core|-devel|-modules)?$")
 # One key a distribution: the pair that its dkms signs with.
 KEYS = (
@@ -223,11 +224,20 @@ def signing_key():
     return {"key": "", "certificate": "", "enrolled": False}
 
 
+def groups(pid):
+    """Paths of a process's control groups."""
+    return [line.rpartition(":")[2] for line in read("%s/%s/cgroup" % (PROC, pid)).splitlines()]
+
+
 def owner(pid):
     """What started a process, by its control group: {unit, container}."""
-    for line in read("%s/%s/cgroup" % (PROC, pid)).splitlines():
-        path = line.rpartition(":")[2]
-        container = re.search(r"(?:docker[-/]|cri-containerd-|libpod-)([0-9a-f]{64})", path)
+    # This host may be a container itself: what is above it is not its own.
+    above = [found.group(0) for found in (re.match(r".*" + CONTAINER, path) for path in groups("self")) if found]
+    for path in groups(pid):
+        for folder in above:
+            if path.startswith(folder):
+                path = path[len(folder) :]
+        container = re.search(CONTAINER, path)
         if container:
             return {"unit": "", "container": container.group(1)[:12]}
         unit = re.findall(r"/([^/]+\.service)", path)
