@@ -162,3 +162,34 @@ def test_unlike_gpus_are_refused_in_one_line() -> None:
     plan = vllm_plan([asked], hosts)
     assert not plan["fits"]
     assert len(plan["problems"]) == 1
+
+
+@pytest.mark.parametrize(
+    "version, ray, problem",
+    [
+        ("0.3.0", None, "PP 3 is not possible: vLLM 0.3.0 has no pipeline parallelism"),
+        ("0.6.3", ["--distributed-executor-backend", "ray"], None),
+        ("0.8.5.post1", ["--distributed-executor-backend", "ray"], None),
+        ("0.9.0", None, "compute capability 7.0"),
+        ("0.25.1", None, "engine_version 0.8.5.post1 can"),
+    ],
+)
+def test_releases_for_three_hosts_of_v100(version: str, ray: list[str] | None, problem: str | None) -> None:
+    plan = vllm_plan([{**RAY_SERVICE, "engine_version": version}], gpu_hosts(3))
+    assert plan["fits"] == (problem is None), plan["problems"]
+    if ray:
+        args = plan["services"][0]["args"]
+        assert args[args.index(ray[0]) : args.index(ray[0]) + 2] == ray
+    else:
+        assert any(str(problem) in line for line in plan["problems"]), plan["problems"]
+
+
+def test_the_oldest_release_on_one_host_has_its_own_flag_for_ray() -> None:
+    asked = {
+        key: value for key, value in RAY_SERVICE.items() if key not in ("hosts", "pipeline_parallel_size", "executor")
+    }
+    asked |= {"engine_version": "0.3.0", "max_model_len": 400, "max_num_batched_tokens": 400, "max_num_seqs": 16}
+    asked |= {"enforce_eager": True, "gpu_memory_utilization": 0.995, "max_model_len": 400}
+    (row,) = vllm_plan([asked], gpu_hosts(3))["services"]
+    assert row["fits"], row["problems"]
+    assert "--worker-use-ray" in row["args"] and "--distributed-executor-backend" not in row["args"]

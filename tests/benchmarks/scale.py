@@ -1,0 +1,144 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""How long site.yml takes on many hosts on which nothing has to be done, and how that grows with their number.
+
+    tests/benchmarks/scale.py [NUMBER...]     (default: 5 50; root, Docker Engine)
+
+Hosts are systemd containers on a network of their own, each with one service, whose engine is a stand-in (the fake OpenAI
+server of the tests). For each number of hosts: one run that sets them up, then one that changes nothing, with forks 25.
+Prints a line of JSON for each: seconds, seconds of CPU of the controller, its largest process, changed and failed hosts; and
+at the end the growth against hosts divided by forks, rounded up.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = ROOT / ".venv" / "bin"
+FORKS = 25
+NETWORK, SUBNET = "baremetal-scale", "10.79.0"
+RUN = [
+    *("--cap-add", "SYS_ADMIN", "--cap-add", "SYS_PTRACE", "--security-opt", "seccomp=unconfined"),
+    *("--security-opt", "apparmor=unconfined", "--cgroupns=host", "--volume", "/sys/fs/cgroup:/sys/fs/cgroup:rw"),
+    *("--tmpfs", "/run", "--tmpfs", "/tmp", "--stop-signal", "SIGRTMIN+3"),
+]
+STANDIN = """#!/bin/sh
+exec /usr/bin/python3 /opt/standin/serve.py "$@"
+"""
+SERVE = """import os, sys
+if "-c" in sys.argv[1:2]:
+    exec(sys.argv[2]); sys.exit()
+sys.path.insert(0, "/opt/standin")
+from fakes.openai_server import OpenAiServer
+from fakes.server import Server
+class Here(OpenAiServer):
+    def __init__(self):
+        super().__init__(os.environ["VLLM_API_KEY"])
+        self.server_close()
+        Server.__init__(self, int(sys.argv[sys.argv.index("--port") + 1]))
+Here().serve_forever()
+"""
+
+
+def docker(*words: str, check: bool = True) -> str:
+    return subprocess.run(["docker", *words], check=check, capture_output=True, text=True).stdout.strip()
+
+
+def start(number: int, folder: Path) -> None:
+    image = subprocess.run([ROOT / "molecule/images/build.sh", "debian12"], check=True, capture_output=True, text=True)
+    tag = image.stdout.split()[-1]
+    there = docker("ps", "--format", "{{.Names}}").split()
+    if NETWORK not in docker("network", "ls", "--format", "{{.Name}}").split():
+        docker("network", "create", "--subnet", f"{SUBNET}.0/24", NETWORK)
+    for host in range(1, number + 1):
+        name = f"scale{host}"
+        if name not in there:
+            address = f"{SUBNET}.{host + 9}"
+            mounts = ["--volume", f"{folder / 'standin'}:/opt/standin:ro"]
+            docker("run", "--detach", "--name", name, "--network", NETWORK, "--ip", address, *RUN, *mounts, tag)
+            key = (folder / "key.pub").read_bytes()
+            into = "umask 077; mkdir -p /root/.ssh; cat > /root/.ssh/authorized_keys"
+            subprocess.run(["docker", "exec", "-i", name, "sh", "-c", into], input=key, check=True)
+
+
+def play(number: int, folder: Path) -> dict[str, Any]:
+    hosts = {f"scale{host}": {"ansible_host": f"{SUBNET}.{host + 9}"} for host in range(1, number + 1)}
+    names = list(hosts)
+    variables = {
+        "ansible_user": "root",
+        "ansible_ssh_private_key_file": str(folder / "key"),
+        "ansible_ssh_common_args": "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null",
+        "ansible_python_interpreter": "/usr/bin/python3",
+        "vllm_existing_python": "/opt/standin/python",
+        "vllm_api_key": "",
+        "vllm_verify_client": "never",
+        "vllm_services": [
+            {"name": "chat", "model": "random-llama", "source": "generated", "hosts": names, "max_model_len": 512}
+        ],
+    }
+    inventory = folder / f"hosts{number}.json"
+    inventory.write_text(json.dumps({"all": {"hosts": hosts, "vars": variables}}))
+    environment = os.environ | {"ANSIBLE_PIPELINING": "1", "ANSIBLE_INJECT_FACT_VARS": "false"}
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    command = [BIN / "ansible-playbook", ROOT / "site.yml", "-i", inventory, "--forks", str(FORKS)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    seconds, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    (folder / f"run{number}.log").write_text(run.stdout + run.stderr)
+    recap = re.findall(r"^scale\d+ .*changed=(\d+).*failed=(\d+)", run.stdout, re.MULTILINE)
+    if len(recap) != number:
+        raise SystemExit(run.stdout[-3000:] + run.stderr[-2000:])
+    return {
+        "hosts": number,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+        "largest_process_mib": after.ru_maxrss // 1024,
+        "changed": sum(int(changed) > 0 for changed, _ in recap),
+        "failed": sum(int(failed) > 0 for _, failed in recap),
+        "load": os.getloadavg()[0],
+    }
+
+
+def main() -> None:
+    numbers = [int(word) for word in sys.argv[1:]] or [5, 50]
+    folder = Path(tempfile.mkdtemp(prefix="baremetal-scale-"))
+    (folder / "standin").mkdir()
+    shutil.copytree(ROOT / "tests" / "fakes", folder / "standin" / "fakes")
+    (folder / "standin" / "python").write_text(STANDIN)
+    (folder / "standin" / "python").chmod(0o755)
+    (folder / "standin" / "serve.py").write_text(SERVE)
+    folder.chmod(0o755)
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "key"], check=True)
+    seconds = {}
+    try:
+        for number in numbers:
+            start(number, folder)
+            time.sleep(5)
+            print(json.dumps({"run": "first", **play(number, folder)}), flush=True)
+            again = play(number, folder)
+            print(json.dumps({"run": "second", **again}), flush=True)
+            seconds[number] = again["seconds"]
+    finally:
+        for name in docker("ps", "-a", "--format", "{{.Names}}", "--filter", f"network={NETWORK}").split():
+            docker("rm", "--force", "--volumes", name, check=False)
+        docker("network", "rm", NETWORK, check=False)
+    low, high = min(seconds), max(seconds)
+    if low != high:
+        linear = math.ceil(high / FORKS) / math.ceil(low / FORKS)
+        growth = seconds[high] / seconds[low]
+        print(json.dumps({"growth": round(growth, 2), "hosts_by_forks": linear, "hosts": high / low}))
+
+
+if __name__ == "__main__":
+    main()
