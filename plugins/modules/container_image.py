@@ -83,7 +83,7 @@ def sha256(path):
 def docker(module, *arguments):
     """(exit status, output, last line of the errors)."""
     try:
-        code, output, errors = module.run_command(("docker",) + arguments, handle_exceptions=False)
+        code, output, errors = module.run_command(["docker"] + list(arguments), handle_exceptions=False)
     except OSError as error:
         module.fail_json(msg="cannot run docker: %s. The role docker installs it" % error.strerror)
     lines = [line for line in errors.splitlines() if line.strip()]

@@ -187,7 +187,7 @@ def docker(module, images):
 
     def ask(*arguments):
         try:
-            code, output, dummy = module.run_command(("docker",) + arguments, handle_exceptions=False)
+            code, output, dummy = module.run_command(["docker"] + list(arguments), handle_exceptions=False)
         except OSError:  # there is no docker
             return None
         return output if code == 0 else None

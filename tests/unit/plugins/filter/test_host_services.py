@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from ansible.errors import AnsibleFilterError
 
-from ansible_collections.baremetal.vllm.plugins.filter.host_services import host_services
+from ansible_collections.baremetal.vllm.plugins.filter.host_services import host_services, image_reference
 from ansible_collections.baremetal.vllm.plugins.filter.vllm_plan import vllm_plan
 from ansible_collections.baremetal.vllm.plugins.module_utils import random_llama
 
@@ -210,3 +211,100 @@ def test_what_is_told() -> None:
     assert (told["service"], told["model"], told["task"]) == ("chat", "random-llama", "generate")
     assert (told["tool_calls"], told["vision"], told["gpus"]) == (True, False, [])
     assert here()[0]["told"]["tool_calls"] is False
+
+
+GPU = {"name": "NVIDIA A10", "memory_total_mib": 23028, "memory_used_mib": 0, "compute_capability": "8.6", "mig": False}
+GPU_HOST = {"name": "one", "gpus": [{**GPU, "index": index, "uuid": f"GPU-{index}"} for index in range(4)]}
+
+
+def in_container(*, gpus: str = "request", facts: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+    asked = [service(**{"runtime": "container", "gpus": [1, 2], "tensor_parallel_size": 1, **fields})]
+    options = {**SETTINGS["container"], "gpus": gpus}
+    settings = {**SETTINGS, "container": options, "gpu": facts or {"gpus": GPU_HOST["gpus"], "cpu": {}}}
+    (svc,) = host_services(vllm_plan(asked, [GPU_HOST]), "one", asked, settings)
+    return svc
+
+
+class TestContainer:
+    def test_nothing_more_than_it_needs(self) -> None:
+        svc = in_container()
+        assert svc["venv"] is None
+        options = svc["run_options"]
+        for option in ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--rm", "--network=host"):
+            assert option in options
+        assert not [word for word in options if word.startswith(("--privileged", "--cap-add", "--env", "-e"))]
+        assert "--stop-timeout=90" in options
+        mounts = [word.removeprefix("--mount=type=bind,src=") for word in options if word.startswith("--mount")]
+        assert mounts == [
+            "/etc/vllm/chat,dst=/etc/vllm/chat,readonly",
+            "/opt/vllm/lib,dst=/opt/vllm/lib,readonly",
+            "/srv/models/random-llama,dst=/srv/models/random-llama,readonly",
+            "/var/lib/vllm/chat,dst=/var/lib/vllm/chat",
+        ]
+
+    def test_gpus_by_request_and_by_cdi(self) -> None:
+        options = in_container()["run_options"]
+        assert options[options.index("--gpus") + 1] == '"device=GPU-1,GPU-2"'
+        options = in_container(gpus="cdi")["run_options"]
+        assert "--gpus" not in options
+        assert [word for word in options if "nvidia.com" in word] == [
+            "--device=nvidia.com/gpu=GPU-1",
+            "--device=nvidia.com/gpu=GPU-2",
+        ]
+        assert "CUDA_VISIBLE_DEVICES" not in in_container()["env"]
+
+    def test_files_that_arguments_name_are_there(self) -> None:
+        extra = ["--enable-lora", "--lora-modules", "sql=/srv/loras/sql", "--chat-template=/srv/t.jinja"]
+        extra += ["--disable-access-log-for-endpoints", "/health,/metrics", "--root-path", "/llm"]
+        mounts = [word for word in in_container(extra_args=extra)["run_options"] if word.startswith("--mount")]
+        assert [word.split("src=")[1].split(",")[0] for word in mounts if "/srv/" in word] == [
+            "/srv/loras/sql",
+            "/srv/models/random-llama",
+            "/srv/t.jinja",
+        ]
+        assert not [word for word in mounts if "metrics" in word or "llm," in word]
+
+    def test_the_one_that_stands_by(self) -> None:
+        svc = in_container()
+        other = svc["standby"]
+        assert (other["unit"], other["port"]) == ("vllm-chat-standby", svc["port"])
+        assert other["api_key_file"] == svc["api_key_file"]
+        assert (other["config_dir"], other["state_dir"]) == ("/etc/vllm/chat/standby", "/var/lib/vllm/chat/standby")
+        assert other["command"] == svc["command"]
+
+    def test_room_for_a_second_server(self) -> None:
+        busy = [{**gpu, "memory_used_mib": 0} for gpu in GPU_HOST["gpus"]]
+        own = [{"pid": 1, "own": True, "memory_used_mib": 40000, "gpus": ["GPU-1", "GPU-2"]}]
+        small = {"gpu_memory_utilization": 0.3, "max_model_len": 256}
+        assert in_container(**small, facts={"gpus": busy, "cpu": {}})["room"] is True
+        assert in_container(**small, facts={"gpus": busy, "cpu": {}, "processes": own})["room"] is False
+
+
+class TestImages:
+    def reference(self, image: str, architecture: str = "x86_64", **options: Any) -> str:
+        container = {"mirror": "", "images": {}, **options}
+        found: str = image_reference(image, {"architecture": architecture, "container": container})["reference"]
+        return found
+
+    def test_names(self) -> None:
+        image, digest = "vllm/vllm-openai:v0.25.1", "sha256:" + "a" * 64
+        assert self.reference(image) == image
+        assert self.reference(image, mirror="r.example.com/hub/") == f"r.example.com/hub/{image}"
+        assert self.reference("r.example.com:5000/x/y:1", mirror="other.example.com") == "r.example.com:5000/x/y:1"
+        pinned = {image: {"digest": digest}}
+        assert self.reference(image, images=pinned) == f"vllm/vllm-openai@{digest}"
+        assert (
+            self.reference(image, images=pinned, mirror="r.example.com") == f"r.example.com/vllm/vllm-openai@{digest}"
+        )
+        assert self.reference(image, images={image: {"archive": "/a.tar"}}, mirror="r.example.com") == image
+        assert self.reference(image, images={image: {"reference": "mine:1"}}) == "mine:1"
+
+    def test_architecture(self) -> None:
+        image = "vllm/vllm-openai-cpu:v0.32.0-x86_64"
+        assert self.reference(image, "aarch64") == "vllm/vllm-openai-cpu:v0.32.0-arm64"
+        assert self.reference("vllm/vllm-openai:v0.25.1", "aarch64") == "vllm/vllm-openai:v0.25.1"
+
+    @pytest.mark.parametrize(("pin", "what"), [({"digest": "abc"}, "digest is abc"), ({"diggest": "x"}, "has diggest")])
+    def test_mistakes(self, pin: dict[str, str], what: str) -> None:
+        with pytest.raises(AnsibleFilterError, match=what):
+            self.reference("x/y:1", images={"x/y:1": pin})
