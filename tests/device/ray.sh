@@ -131,7 +131,8 @@ node() { # namespace, name, address, gpus, head address or -
   [[ $head == - ]] || role=(--address="$head:6379")
   local env=(CUDA_VISIBLE_DEVICES="$gpus" VLLM_HOST_IP="$address" RAY_gcs_rpc_server_reconnect_timeout_s=30)
   [[ $space == - ]] || env+=(NCCL_SOCKET_IFNAME="$name" GLOO_SOCKET_IFNAME="$name" NCCL_HOSTID="$name")
-  local list=(${gpus//,/ })
+  local list
+  IFS=, read -ra list <<<"$gpus"
   inside "$space" env "${env[@]}" "$python" -m ray.scripts.scripts start --block --disable-usage-stats "${role[@]}" \
     --node-ip-address="$address" --node-manager-port=6380 --object-manager-port=6381 --dashboard-agent-listen-port=6382 \
     --dashboard-agent-grpc-port=6383 --runtime-env-agent-port=6384 --metrics-export-port=6385 --min-worker-port=10002 \
