@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +24,17 @@ A10 = {"index": 0, "uuid": "GPU-1", "name": "NVIDIA A10", "memory_total_mib": 23
 
 def host(**changes: Any) -> dict[str, Any]:
     return {"name": "gpu1", "gpus": [A10, {**A10, "index": 1}], **changes}
+
+
+def test_the_facts_of_a_real_host() -> None:
+    """What gpu_facts said through Ansible on two H200s."""
+    captures = Path(__file__).parents[2] / "modules" / "captures"
+    parsed = parse_host({"name": "gpu1", **json.loads((captures / "h200_x2_gpu_facts.json").read_text())}, "hosts[0]")
+    assert [(gpu.name, gpu.memory_total_mib, gpu.capability) for gpu in parsed.gpus] == [
+        ("NVIDIA H200", 143771, (9, 0))
+    ] * 2
+    assert parsed.link([0, 1]) == "nvlink"
+    assert parsed.driver_version == "580.159.04"
 
 
 def test_the_facts_of_a_host_are_taken_as_they_are() -> None:
