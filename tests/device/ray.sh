@@ -119,10 +119,13 @@ print(json.dumps(figures))
 json.dump(answers, open(sys.argv[3], "w"))
 END
 
-inside() { # name of a namespace or -, command...
-  local space=$1
-  shift
-  if [[ $space == - ]]; then "$@"; else ip netns exec "$space" "$@"; fi
+# Ray takes a node at a loopback address to be at the machine's own.
+here=$(hostname -I | cut -d' ' -f1)
+[[ -n $here ]] || { echo "ray.sh: this machine has no address but loopback, and Ray needs one"; exit 1; }
+
+within() { # name of a namespace or -: sets the words that a command starts with
+  prefix=()
+  [[ $1 == - ]] || prefix=(ip netns exec "$1")
 }
 
 node() { # namespace, name, address, gpus, head address or -
@@ -133,7 +136,8 @@ node() { # namespace, name, address, gpus, head address or -
   [[ $space == - ]] || env+=(NCCL_SOCKET_IFNAME="$name" GLOO_SOCKET_IFNAME="$name" NCCL_HOSTID="$name")
   local list
   IFS=, read -ra list <<<"$gpus"
-  inside "$space" env "${env[@]}" "$python" -m ray.scripts.scripts start --block --disable-usage-stats "${role[@]}" \
+  within "$space"
+  "${prefix[@]}" env "${env[@]}" "$python" -m ray.scripts.scripts start --block --disable-usage-stats "${role[@]}" \
     --node-ip-address="$address" --node-manager-port=6380 --object-manager-port=6381 --dashboard-agent-listen-port=6382 \
     --dashboard-agent-grpc-port=6383 --runtime-env-agent-port=6384 --metrics-export-port=6385 --min-worker-port=10002 \
     --max-worker-port=10201 --object-store-memory=536870912 --temp-dir="/tmp/r$name" --num-gpus="${#list[@]}" --num-cpus=8 \
@@ -143,11 +147,16 @@ node() { # namespace, name, address, gpus, head address or -
 server() { # namespace, name, address, parallel flags and environment in arrays flags, gate, more
   local space=$1 name=$2 address=$3
   started=$SECONDS
-  inside "$space" env VLLM_API_KEY=sk-test VLLM_HOST_IP="$address" "${more[@]}" "$python" "${gate[@]}" "$python" \
+  within "$space"
+  if "${prefix[@]}" curl -sf --noproxy '*' "http://$address:$port/health" >/dev/null; then
+    fail "something answers at $address:$port before $name is started"
+    return 1
+  fi
+  "${prefix[@]}" env VLLM_API_KEY=sk-test VLLM_HOST_IP="$address" "${more[@]}" "${gate[@]}" "$python" \
     -m vllm.entrypoints.openai.api_server --model "$model" --served-model-name m --host "$address" --port "$port" \
     --max-model-len 2048 --gpu-memory-utilization 0.5 --enforce-eager "${flags[@]}" >"$out/server-$name.log" 2>&1 &
   pid=$!
-  until inside "$space" curl -sf --noproxy '*' "http://$address:$port/health" >/dev/null; do
+  until "${prefix[@]}" curl -sf --noproxy '*' "http://$address:$port/health" >/dev/null; do
     if ! kill -0 "$pid" 2>/dev/null || ((SECONDS - started > limit)); then
       fail "$name does not answer"
       tail -n 30 "$out/server-$name.log"
@@ -156,10 +165,18 @@ server() { # namespace, name, address, parallel flags and environment in arrays 
     sleep 1
   done
   echo "{\"server\": \"$name\", \"start_s\": $((SECONDS - started))}" | tee -a "$out/figures.jsonl"
-  inside "$space" "$python" "$out/client.py" "http://$address:$port" "$name" "$out/answers-$name.json" | tee -a "$out/figures.jsonl"
+  "${prefix[@]}" "$python" "$out/client.py" "http://$address:$port" "$name" "$out/answers-$name.json" | tee -a "$out/figures.jsonl"
 }
 
-end_server() { kill "$pid" 2>/dev/null; wait "$pid" 2>/dev/null; }
+end_server() {
+  kill "$pid" 2>/dev/null
+  wait "$pid" 2>/dev/null
+  for _ in $(seq 30); do
+    nvidia-smi --query-compute-apps=pid --format=csv,noheader | grep -q . || return 0
+    sleep 1
+  done
+  fail "the server has ended and something holds a GPU"
+}
 end_ray() {
   ray stop --force >/dev/null 2>&1
   sleep 2
@@ -168,15 +185,15 @@ trap 'end_ray; ip netns del ra 2>/dev/null; ip netns del rb 2>/dev/null' EXIT
 
 say "one GPU, no Ray"
 gate=() flags=() more=(CUDA_VISIBLE_DEVICES=0)
-server - one 127.0.0.1 && end_server
+server - one "$here" && end_server
 
 say "TP 2 over one Ray node"
-node - single 127.0.0.1 0,1 -
+node - single "$here" 0,1 -
 sleep 8
-gate=("$root/roles/ray_cluster/files/baremetal_ray_gate.py" --wait 60 --node single=127.0.0.1=2 --)
+gate=("$python" "$root/roles/ray_cluster/files/baremetal_ray_gate.py" --wait 60 --node single="$here"=2 --)
 flags=(--tensor-parallel-size 2 --distributed-executor-backend ray --disable-custom-all-reduce)
-more=(RAY_ADDRESS=127.0.0.1:6379)
-if server - tp2 127.0.0.1; then
+more=(RAY_ADDRESS="$here":6379)
+if server - tp2 "$here"; then
   ray status 2>&1 | tee "$out/ray-status-tp2.txt" | grep -E "GPU|node_"
   victim=$(pgrep -f 'ray::RayWorkerProc|RayWorkerProc' | head -n 1)
   killed=$SECONDS
@@ -188,7 +205,7 @@ if server - tp2 127.0.0.1; then
 fi
 say "a placement that cannot be met"
 began=$SECONDS
-RAY_ADDRESS=127.0.0.1:6379 "$python" "$root/roles/ray_cluster/files/baremetal_ray_gate.py" --node single=127.0.0.1=3 -- /bin/true
+RAY_ADDRESS="$here":6379 "$python" "$root/roles/ray_cluster/files/baremetal_ray_gate.py" --node single="$here"=3 -- /bin/true
 code=$?
 [[ $code == 78 ]] && echo "{\"refused_after_s\": $((SECONDS - began))}" | tee -a "$out/figures.jsonl" || fail "the gate ended with $code, not 78"
 end_ray
@@ -205,19 +222,20 @@ if ip netns add ra 2>/dev/null && ip netns add rb && ip link add va netns ra typ
   sleep 8
   node rb vb 10.99.0.2 1 10.99.0.1
   space=ra address=10.99.0.1
-  gate=("$root/roles/ray_cluster/files/baremetal_ray_gate.py" --wait 60 --node va=10.99.0.1=1 --node vb=10.99.0.2=1 --)
+  gate=("$python" "$root/roles/ray_cluster/files/baremetal_ray_gate.py" --wait 60 --node va=10.99.0.1=1 --node vb=10.99.0.2=1 --)
   more=(RAY_ADDRESS=10.99.0.1:6379 NCCL_SOCKET_IFNAME=va GLOO_SOCKET_IFNAME=va)
 else
   say "network namespaces are refused: PP 2 over one Ray node"
-  node - single 127.0.0.1 0,1 -
+  node - single "$here" 0,1 -
   sleep 8
-  space=- address=127.0.0.1
-  gate=("$root/roles/ray_cluster/files/baremetal_ray_gate.py" --wait 60 --node single=127.0.0.1=2 --)
-  more=(RAY_ADDRESS=127.0.0.1:6379)
+  space=- address=$here
+  gate=("$python" "$root/roles/ray_cluster/files/baremetal_ray_gate.py" --wait 60 --node single="$here"=2 --)
+  more=(RAY_ADDRESS="$here":6379)
 fi
 flags=(--pipeline-parallel-size 2 --distributed-executor-backend ray)
 if server "$space" pp2 "$address"; then
-  inside "$space" env RAY_ADDRESS="$address:6379" "$python" -m ray.scripts.scripts status 2>&1 | tee "$out/ray-status-pp2.txt" | grep -E "GPU|node_"
+  within "$space"
+  "${prefix[@]}" env RAY_ADDRESS="$address:6379" "$python" -m ray.scripts.scripts status 2>&1 | tee "$out/ray-status-pp2.txt" | grep -E "GPU|node_"
   end_server
 fi
 end_ray
