@@ -190,7 +190,7 @@ server - one "$here" && end_server
 say "TP 2 over one Ray node"
 node - single "$here" 0,1 -
 sleep 8
-gate=("$python" "$root/roles/ray_cluster/files/baremetal_ray_gate.py" --wait 60 --node single="$here"=2 --)
+gate=("$python" "$root/roles/ray_cluster/files/baremetal_ray_gate.py" --wait 60 --node "single=$here=2" --)
 flags=(--tensor-parallel-size 2 --distributed-executor-backend ray --disable-custom-all-reduce)
 more=(RAY_ADDRESS="$here":6379)
 if server - tp2 "$here"; then
@@ -205,7 +205,7 @@ if server - tp2 "$here"; then
 fi
 say "a placement that cannot be met"
 began=$SECONDS
-RAY_ADDRESS="$here":6379 "$python" "$root/roles/ray_cluster/files/baremetal_ray_gate.py" --node single="$here"=3 -- /bin/true
+RAY_ADDRESS="$here":6379 "$python" "$root/roles/ray_cluster/files/baremetal_ray_gate.py" --node "single=$here=3" -- /bin/true
 code=$?
 [[ $code == 78 ]] && echo "{\"refused_after_s\": $((SECONDS - began))}" | tee -a "$out/figures.jsonl" || fail "the gate ended with $code, not 78"
 end_ray
@@ -229,7 +229,7 @@ else
   node - single "$here" 0,1 -
   sleep 8
   space=- address=$here
-  gate=("$python" "$root/roles/ray_cluster/files/baremetal_ray_gate.py" --wait 60 --node single="$here"=2 --)
+  gate=("$python" "$root/roles/ray_cluster/files/baremetal_ray_gate.py" --wait 60 --node "single=$here=2" --)
   more=(RAY_ADDRESS="$here":6379)
 fi
 flags=(--pipeline-parallel-size 2 --distributed-executor-backend ray)
