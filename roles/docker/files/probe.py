@@ -7,6 +7,7 @@ host with its own Python (3.6 at the oldest) and the standard library alone.
 Argument: a JSON object {"packages": [names whose installed version is asked for],
 "files": [paths whose sha256 is asked for], "nofile": open files that a container shall be allowed}.
 """
+
 import hashlib
 import http.client
 import json
@@ -31,8 +32,13 @@ def run(*argv):
     """Standard output of a command, or an empty string where it is missing, fails or hangs."""
     try:
         done = subprocess.run(  # noqa: UP022 - Python 3.6 has no capture_output
-            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,  # noqa: UP021 - nor text
-            timeout=20, env=dict(os.environ, LC_ALL="C", PATH=PATHS), check=False,
+            argv,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            universal_newlines=True,  # noqa: UP021 - nor text
+            timeout=20,
+            env=dict(os.environ, LC_ALL="C", PATH=PATHS),
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
@@ -218,26 +224,32 @@ def main():
     nofile_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     # What the engine reads once, when it starts: newer than the engine means not in force yet.
     read_at_start = [Path(DAEMON_JSON), Path(ENGINE_ENV), *DROP_INS.glob("*.conf")]
-    print(json.dumps({
-        "pid1": (read("/proc/1/comm") or "").strip(),
-        "dockerd": dockerd,
-        "version": version.group(1) if version else "",
-        "unit": unit(),
-        "pid": pid,
-        # A second of grace: file times and process times come from clocks of different steps.
-        "newer_files": [
-            str(path) for path in read_at_start if pid and path.exists() and path.stat().st_mtime > start + 1
-        ],
-        "info": engine_info() if pid else {},
-        "daemon_json": daemon_json(),
-        "packages": packages(asked["packages"]),
-        "foreign_sources": foreign_sources(),
-        # dnf fetches its lists when it needs them, apt only when told to.
-        "package_lists": not shutil.which("apt-get", path=PATHS) or any(Path("/var/lib/apt/lists").glob("*Packages*")),
-        "files": {path: sha256(path) for path in asked["files"]},
-        "nofile_limit": nofile_limit,
-        "nofile_possible": nofile_possible(int(asked["nofile"])),
-    }, sort_keys=True))
+    print(
+        json.dumps(
+            {
+                "pid1": (read("/proc/1/comm") or "").strip(),
+                "dockerd": dockerd,
+                "version": version.group(1) if version else "",
+                "unit": unit(),
+                "pid": pid,
+                # A second of grace: file times and process times come from clocks of different steps.
+                "newer_files": [
+                    str(path) for path in read_at_start if pid and path.exists() and path.stat().st_mtime > start + 1
+                ],
+                "info": engine_info() if pid else {},
+                "daemon_json": daemon_json(),
+                "packages": packages(asked["packages"]),
+                "foreign_sources": foreign_sources(),
+                # dnf fetches its lists when it needs them, apt only when told to.
+                "package_lists": not shutil.which("apt-get", path=PATHS)
+                or any(Path("/var/lib/apt/lists").glob("*Packages*")),
+                "files": {path: sha256(path) for path in asked["files"]},
+                "nofile_limit": nofile_limit,
+                "nofile_possible": nofile_possible(int(asked["nofile"])),
+            },
+            sort_keys=True,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Standard input: the JSON text. Arguments: dockerd's path, its version, then the 
 gives it, so that a setting made both there and in the file is found (dockerd refuses that at its start).
 Prints dockerd's objection and exits 1, or exits 0. Python 3.6 and the standard library.
 """
+
 import json
 import os
 import subprocess
@@ -33,8 +34,12 @@ def main():
         command = [dockerd, *arguments, "--config-file", path]
         command += ["--log-level", NO_SUCH_LEVEL] if old else ["--validate"]
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True,  # noqa: UP021 - 3.6
-            timeout=30, check=False,
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            universal_newlines=True,  # noqa: UP021 - 3.6
+            timeout=30,
+            check=False,
         )
     finally:
         Path(path).unlink()
