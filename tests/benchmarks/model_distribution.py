@@ -172,7 +172,7 @@ def fetch(site: Site, hosts: list[str], model: Any, line: bool) -> list[Any]:
     processes = []
     for host in hosts:
         route = {key: value for key, value in transfer["hosts"][host].items() if key != "model"}
-        peers = {**credentials, **route} if line else {}
+        peers = {**credentials, **route, "name": host} if line else {}
         job = model_jobs.make_job(model, Path("/tmp/models"), site.url, jobs=4, timeout=30, backoff=0.5, peers=peers)
         processes.append(site.spawn(host, "python3", "-c", WORK, text=json.dumps(job)))
     results = [json.loads(output) for output in finish(processes)]
