@@ -83,8 +83,8 @@ def model_transfers(hosts: list[dict[str, Any]], share: bool = True, verify: boo
                 key = (model["model"], model["source"], model["revision"], model["commit"])
                 found.setdefault(key, {})[host["name"]] = {**host, "model": model}
     transfers: list[dict[str, Any]] = []
-    for key in sorted(found):
-        there = found[key]
+    for wanted in sorted(found):
+        there = found[wanted]
         routes = _routes(list(there.values()), len(transfers), share)
         if verify:
             for name in there:
@@ -92,7 +92,7 @@ def model_transfers(hosts: list[dict[str, Any]], share: bool = True, verify: boo
         if routes:
             transfers.append(
                 {
-                    "model": key[0],
+                    "model": wanted[0],
                     "shared": any(route["port"] for route in routes.values()),
                     "hosts": {name: {"model": there[name]["model"], **route} for name, route in routes.items()},
                 }
