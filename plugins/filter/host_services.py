@@ -220,7 +220,13 @@ def _service(
         "VLLM_CACHE_ROOT": f"{cache_dir}/vllm",
         # A container sees its own GPUs only, and its user is not in the image's list of users.
         **(
-            {"HOME": state_dir, "USER": settings["user"], "LOGNAME": settings["user"]}
+            {
+                "HOME": state_dir,
+                "USER": settings["user"],
+                "LOGNAME": settings["user"],
+                # The image is read-only: without it, every start would compile all of Python's files again.
+                "PYTHONPYCACHEPREFIX": f"{cache_dir}/pycache",
+            }
             if container
             else _visible(plan["gpus"].get(host, []), plan["gpu_uuids"].get(host, []))
         ),
