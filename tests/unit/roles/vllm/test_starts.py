@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The role's tables about starts, against lines that vLLM 0.8 to 0.32, PyTorch, NCCL and Docker print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ansible_collections.baremetal.vllm.plugins.modules.vllm_wait import explain, measured, stage_of
+
+ROOT = Path(__file__).parents[4]
+VARS = yaml.safe_load((ROOT / "roles/vllm/vars/main.yml").read_text())
+CAPTURES = ROOT / "tests/unit/plugins/modules/captures"
+VALUES = {
+    "gpu_memory_utilization": 0.92, "max_model_len": 32768, "max_num_seqs": 256, "max_num_batched_tokens": 8192,
+    "engine_version": "0.25.1", "port": 8000, "bind": "127.0.0.1", "name": "chat",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("ValueError: ... the estimated maximum model length is 11520. Try increasing", "Set max_model_len: 11520 of the"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", "gpu_memory_utilization of the service below 0.92"),
+        ("ValueError: No available memory for the cache blocks. Try increasing", "Lower max_num_seqs (now 256)"),
+        (
+            "ValueError: Free memory on device cuda:0 (10.5/139.72 GiB) on startup is less than desired GPU memory utilization",
+            "10.5 of 139.72 GiB are free",
+        ),
+        ("RuntimeError: The NVIDIA driver on your system is too old (found version 12020).", "the CUDA of vLLM 0.25.1"),
+        ("nvidia-container-cli: requirement error: unsatisfied condition: cuda>=13.0", "Upgrade the driver"),
+        ("OSError: [Errno 98] Address already in use", "listens on 127.0.0.1 port 8000"),
+        ("RuntimeError: NCCL error: unhandled system error", "NCCL_P2P_DISABLE"),
+        ("api_server.py: error: unrecognized arguments: --swap-space 4", "does not know --swap-space 4"),
+        ("ValueError: The repository /m contains custom code which must be executed", "trust_remote_code of the service"),
+        ("docker: Error response from daemon: could not select device driver", "nvidia_container_toolkit"),
+        ("invalid mount config: bind source path does not exist: /srv/loras/x.", "/srv/loras/x. is named by the service"),
+        ("RuntimeError: Failed to find C compiler. Please specify via CC", "Install gcc"),
+    ],
+)  # fmt: skip
+def test_why_it_failed(line: str, told: str) -> None:
+    assert told in explain(f"INFO something\n{line}\nINFO more\n", VARS["__vllm_causes"], VALUES)
+
+
+def test_every_row_can_be_told() -> None:
+    for row in VARS["__vllm_causes"]:
+        assert set(row) == {"pattern", "cause", "advice"}
+
+
+@pytest.mark.parametrize(
+    ("capture", "told"),
+    [
+        ("vllm_0.32.0_max_model_len.txt", "the model's own context is 2048 tokens. Set max_model_len: 2048"),
+        ("vllm_0.32.0_unrecognized.txt", "does not know"),
+    ],
+)
+def test_a_real_failure(capture: str, told: str) -> None:
+    assert told in explain((CAPTURES / capture).read_text(), VARS["__vllm_causes"], VALUES)
+
+
+LOG = """(EngineCore_DP0 pid=7) INFO [core.py:115] Initializing a V1 LLM engine (v0.25.1) with config: model='m'
+(EngineCore_DP0 pid=7) INFO [pynccl.py:69] vLLM is using nccl==2.27.5
+(EngineCore_DP0 pid=7) INFO [gpu_model_runner.py:5210] Starting to load model m...
+(EngineCore_DP0 pid=7) INFO [gpu_model_runner.py:5307] Model loading took 14.25 GiB memory and 5.4 seconds
+(EngineCore_DP0 pid=7) INFO [backends.py:430] Dynamo bytecode transform time: 5.30 s
+(EngineCore_DP0 pid=7) INFO [gpu_worker.py:539] Available KV cache memory: 45.13 GiB
+(EngineCore_DP0 pid=7) INFO [kv_cache_utils.py:2146] GPU KV cache size: 845,104 tokens
+(EngineCore_DP1 pid=8) INFO [kv_cache_utils.py:2146] GPU KV cache size: 844,992 tokens
+(EngineCore_DP0 pid=7) INFO [kv_cache_utils.py:2148] Maximum concurrency for 32,768 tokens per request: 25.79x
+Capturing CUDA graphs (decode, FULL): 100%|##########| 35/35
+(EngineCore_DP0 pid=7) INFO [gpu_model_runner.py:6708] Graph capturing finished in 20 secs, took 0.58 GiB
+(EngineCore_DP0 pid=7) INFO [core.py:328] init engine (profile, create kv cache, warmup model) took 50.1 s
+"""
+
+
+def test_the_stages_in_their_order() -> None:
+    lines = LOG.splitlines(keepends=True)
+    seen: list[str] = []
+    for count in range(1, len(lines) + 1):
+        name = stage_of("".join(lines[:count]), VARS["__vllm_stages"])["name"]
+        seen += [name] if seen[-1:] != [name] else []
+    assert seen == [
+        "starting the engine",
+        "connecting the GPUs (NCCL)",
+        "loading weights",
+        "compiling",
+        "profiling memory",
+        "capturing CUDA graphs",
+        "starting the API server",
+    ]
+
+
+def test_what_the_engine_measured() -> None:
+    assert measured(LOG) == {
+        "kv_cache_tokens": 844992,
+        "max_concurrency": 25.79,
+        "kv_cache_gib": 45.13,
+        "weights_gib": 14.25,
+        "cuda_graph_gib": 0.58,
+        "engines": 2,
+    }
+    assert measured("INFO # cuda blocks: 1000, # CPU blocks: 512")["kv_cache_tokens"] == 16000
+    assert measured("") == {}
