@@ -258,7 +258,9 @@ def _service(
             "tool_calls": "--enable-auto-tool-choice" in args,
             "vision": "vision_config" in user.get("config", {}),
             "gpus": plan["gpus"].get(host, []),
-            "python": ["docker", "exec", unit, python] if container else [python],
+            "python": ["docker", "exec", "--interactive", "--env", "OPENAI_API_KEY", unit, python]
+            if container
+            else [python],
         },
         "config_dir": config_dir,
         "state_dir": state_dir,
