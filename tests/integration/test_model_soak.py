@@ -137,7 +137,8 @@ class Soak:
             hit |= self.wait(model_jobs.spawn(job), seconds)
             hit |= any(fault.times == 0 for fault in self.hub.faults)
             self.hub.faults = [fault for fault in self.hub.faults if fault.times]
-            self.counts[kind] += bool(kind) and hit  # what met nobody is no fault
+            if kind and hit:  # what met nobody is no fault
+                self.counts[kind] += 1
             stale = source == "modelscope" and job["model"]["commit"] != self.commit(name, source)
             if stale:  # the branch has moved on: what was listed is not to be had any more
                 job = new_job()
