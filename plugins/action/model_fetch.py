@@ -12,8 +12,7 @@ from ansible.utils.display import Display
 
 GIB = 1024**3
 MIB = 1024**2
-# A process that was killed (for want of memory, say) is started again so many times: it goes on where it was.
-POLL_S = 2
+POLL_S = 2  # at most so long between two looks
 
 
 def seconds(number: float) -> str:
