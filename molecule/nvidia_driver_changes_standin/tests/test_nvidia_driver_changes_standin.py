@@ -11,7 +11,6 @@ def test_nothing_of_the_driver_is_left(host):
     assert not host.file("/usr/local/sbin/baremetal-nvidia-check").exists
 
 
-def test_the_ways_back_are_still_in_the_cache(host):
+def test_the_installer_is_still_in_the_cache(host):
     found = host.check_output("ls /var/cache/baremetal/nvidia_driver").split()
-    assert "NVIDIA-Linux-x86_64-550.144.03.run" in found
     assert "NVIDIA-Linux-x86_64-580.159.04.run" in found
