@@ -50,9 +50,8 @@ def bench_loss(run: Any, others: Any) -> float:
         )
     before = bench.previous(run, others)
     changes = bench.changes(run, before) if before else []
-    return max(
-        [0.0, *(-change["throughput_percent"] for change in changes if change["throughput_percent"] is not None)]
-    )
+    losses: list[float] = [-row["throughput_percent"] for row in changes if row["throughput_percent"] is not None]
+    return max([0.0, *losses])
 
 
 class FilterModule:
