@@ -2,6 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """Asks an OpenAI endpoint from the controller with the openai SDK. Documented in plugins/modules/openai_sdk_check.py."""
 
+# pylint: disable=disallowed-name # _ is a value that nothing reads
 from __future__ import annotations
 
 import base64

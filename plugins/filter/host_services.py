@@ -153,7 +153,7 @@ def _run_options(
     for path in sorted({lib, own[0], model, *named} - {"", "/"}):
         if not any(path == other or path.startswith(f"{other}/") for other in [*seen, own[1]]):
             seen.append(path)
-    health = f"import urllib.request as r; r.urlopen('{svc['root_url']}/health', timeout=9)"
+    health = f"from urllib import request; request.build_opener().open('{svc['root_url']}/health', timeout=9)"
     gpus = plan["gpu_uuids"].get(host) or plan["gpus"].get(host, [])
     devices = []
     if gpus and options["gpus"] == "cdi":

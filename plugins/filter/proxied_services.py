@@ -2,6 +2,7 @@
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 """Filter proxied_services."""
 
+# pylint: disable=disallowed-name # _ is a value that nothing reads
 from __future__ import annotations
 
 DOCUMENTATION = r"""

@@ -549,7 +549,7 @@ def kernel_facts(root):
     if root == "/":
         try:  # what the boot loader of the RHEL family says
             status, output = output_of(["grubby", "--default-kernel"], 20)
-            following = output.strip().split("/vmlinuz-")[-1] if status == 0 and "/vmlinuz-" in output else ""
+            following = output.strip().rsplit("/vmlinuz-", 1)[-1] if status == 0 and "/vmlinuz-" in output else ""
         except (OSError, TimeoutExpired):
             pass
     bootable = [name.split("/vmlinuz-")[-1] for name in glob.glob(os.path.join(root, "boot/vmlinuz-*"))]

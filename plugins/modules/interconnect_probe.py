@@ -126,8 +126,10 @@ import time
 
 from ansible.module_utils.basic import AnsibleModule
 
-SIOCGIFCONF, SIOCGIFNETMASK = 0x8912, 0x891B  # linux/sockios.h
-IP_MTU_DISCOVER, IP_PMTUDISC_DO = 10, 2  # linux/in.h
+SIOCGIFCONF = 0x8912  # linux/sockios.h
+SIOCGIFNETMASK = 0x891B
+IP_MTU_DISCOVER = 10  # linux/in.h
+IP_PMTUDISC_DO = 2
 IPV6_MTU_DISCOVER = 23
 IP_HEADERS = {socket.AF_INET: 28, socket.AF_INET6: 48}  # with UDP's
 PINGS = 20

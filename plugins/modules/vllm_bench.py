@@ -129,10 +129,7 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import tempfile
-import threading
 import time
 from http.client import HTTPException
 from urllib.error import URLError
@@ -140,8 +137,9 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ansible_collections.baremetal.vllm.plugins.module_utils.bench_processes import READY, Client, Utilization
+
 MARK = "BAREMETAL_BENCH_RESULT "
-READY = "BAREMETAL_BENCH_READY"
 # Runs `vllm bench serve` and prints its result file, so that nothing has to be copied out of a container. Builds of other
 # names than vllm lack the metadata that vLLM's command line asks for first. It begins to send when it is told to, so that
 # several of them measure the same seconds.
@@ -209,68 +207,6 @@ def arguments(params, tokenizer, clients, prompts, seed):
     if params["task"] == "generate":
         words += ["--random-output-len", str(params["output_len"])]
     return words + ["--metric-percentiles", "99", "--disable-tqdm"] + params["extra_args"]
-
-
-class Utilization:
-    """Samples how busy the GPUs are, once a second, while a block runs."""
-
-    def __init__(self, gpus):
-        self.gpus, self.percent, self.process = gpus, None, None
-
-    def __enter__(self):
-        program = shutil.which("nvidia-smi")
-        if program:
-            query = [program, "--query-gpu=index,utilization.gpu", "--format=csv,noheader,nounits", "--loop=1"]
-            self.output = tempfile.TemporaryFile()
-            self.process = subprocess.Popen(query, stdout=self.output, stderr=subprocess.DEVNULL)
-        return self
-
-    def __exit__(self, *error):
-        if self.process:
-            self.process.kill()
-            self.process.wait()
-            self.output.seek(0)
-            lines = self.output.read().decode("ascii", "replace").splitlines()
-            self.output.close()
-            read = [match.groups() for match in (re.match(r"\s*(\d+),\s*(\d+)\s*$", line) for line in lines) if match]
-            busy = [int(percent) for index, percent in read if not self.gpus or int(index) in self.gpus]
-            self.percent = round(sum(busy) / float(len(busy)), 1) if busy else None
-
-
-class Client(threading.Thread):
-    """One process of the benchmark, and what it printed."""
-
-    def __init__(self, command, environment):
-        threading.Thread.__init__(self)
-        self.daemon, self.lines, self.ready = True, [], threading.Event()
-        self.process = subprocess.Popen(
-            command,
-            env=environment,
-            cwd=environment["HOME"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    def run(self):
-        for line in self.process.stdout:
-            self.lines.append(line.decode("utf-8", "replace").rstrip())
-            if self.lines[-1].strip() == READY:
-                self.ready.set()
-        self.process.wait()
-        self.ready.set()
-
-    def begin(self):
-        try:
-            self.process.stdin.write(b"go\n")
-            self.process.stdin.close()
-        except (IOError, OSError):  # it has ended; its output says why
-            pass
-
-    def kill(self):
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def measure(commands, environment, timeout):
@@ -393,7 +329,7 @@ def main():
             "base_url": {"type": "str", "required": True},
             "api_key_file": {"type": "path", "required": True, "no_log": False},
             "model": {"type": "str", "required": True},
-            "tokenizer": {"type": "str"},
+            "tokenizer": {"type": "str", "no_log": False},
             "command": {"type": "list", "elements": "str", "required": True},
             "task": {"type": "str", "choices": ["generate", "embed", "score"], "default": "generate"},
             "concurrency": {"type": "int", "required": True},

@@ -5,6 +5,7 @@ A run is what the role ``bench`` writes: ``label``, ``host``, ``service``, ``mod
 ``levels``, one row of the module ``vllm_bench`` for each number of clients.
 """
 
+# pylint: disable=disallowed-name # _ is a value that nothing reads
 from __future__ import annotations
 
 import math

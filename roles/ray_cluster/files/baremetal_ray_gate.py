@@ -10,6 +10,7 @@ rebooting); when all are there, what they have must do. Exit status 78 (EX_CONFI
 for a placement that cannot be met, 75 (EX_TEMPFAIL) for nodes that did not come.
 """
 
+# pylint: disable=disallowed-name # _ is a value that nothing reads
 import argparse
 import os
 import sys

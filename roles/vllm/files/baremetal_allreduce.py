@@ -8,6 +8,7 @@ each), ``ms`` (the median of an all-reduce of 1 MiB) and ``mbps`` (all-reduce of
 hosts together fail, pairs of them are tried, so that the one that hangs has a name.
 """
 
+# pylint: disable=disallowed-name # _ is a value that nothing reads
 import argparse
 import contextlib
 import itertools

@@ -12,6 +12,7 @@ Engines that end by themselves again and again are left alone: exit status 78, w
 Rank 0 listens on its peer's address. Both sides prove that they know the token, and every message is signed.
 """
 
+# pylint: disable=disallowed-name # _ is a value that nothing reads
 import argparse
 import collections
 import contextlib
