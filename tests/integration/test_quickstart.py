@@ -261,7 +261,7 @@ def test_installed_collection(checkout: Checkout, tmp_path: Path) -> None:
 
 def test_killed_server_comes_back(checkout: Checkout) -> None:
     before = own_processes(checkout.data)
-    main = next(pid for pid, command in before.items() if "api_server" in command)
+    main = next(pid for pid, command in before.items() if "baremetal_serve" in command)
     assert len(before) > 1, "the engine runs in processes of its own"
     os.kill(main, signal.SIGKILL)
     deadline = time.monotonic() + 400
@@ -364,16 +364,19 @@ def test_nothing_leaks_however_verbose(checkout: Checkout, tmp_path: Path) -> No
 
 
 def test_key_is_nowhere_but_in_its_file(checkout: Checkout) -> None:
+    """In its file, and beside the last configuration that worked, which a failed start goes back to."""
     key = checkout.key
     for output in checkout.outputs:
         assert key not in output
     for command in own_processes(Path("/")).values():
         assert key not in command
-    holders = [
+    holders = {
         path for path in checkout.data.rglob("*")
         if path.is_file() and "venvs" not in path.parts and key.encode() in path.read_bytes()
-    ]  # fmt: skip
-    assert holders == [Path(checkout.endpoint["api_key_file"])]
+    }  # fmt: skip
+    file = Path(checkout.endpoint["api_key_file"])
+    assert holders == {file, file.parent / "good" / file.name}
+    assert {path.stat().st_mode & 0o777 for path in holders} == {0o600}
 
 
 def test_model_of_a_hub(checkout: Checkout, tmp_path: Path) -> None:
