@@ -24,11 +24,13 @@ from ansible_collections.baremetal.vllm.plugins.module_utils.hubs import MANIFES
 STAMP = ".baremetal-complete.json"
 FORMAT = 1
 BLOCK = 1024 * 1024
+# Begins the names of files that a killed process may have left half-written.
+UNFINISHED = ".new-"
 
 
 def write_atomically(path, text, mode=0o644):
     """The whole text or, if anything goes wrong, what was there before."""
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".new-")
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=UNFINISHED)
     try:
         with os.fdopen(handle, "w") as file:
             file.write(text)
@@ -249,6 +251,9 @@ def manifest_text(files):
 
 def finish(folder, place, commit, selected, files):
     """Writes what says that the folder is whole; the stamp comes last."""
+    for name in os.listdir(folder):
+        if name.startswith(UNFINISHED):
+            os.unlink(os.path.join(folder, name))
     write_atomically(os.path.join(folder, MANIFEST), manifest_text(files))
     stamp = {
         "format": FORMAT,

@@ -321,8 +321,9 @@ def main():
             )
     if progress["state"] == "failed":
         module.fail_json(msg=progress["message"], progress=progress)
-    # Who starts the work has changed nothing yet; who waits for its end has.
-    module.exit_json(changed=progress["state"] == "done" and bool(progress["changed"]), progress=progress)
+    # Who starts the work has changed nothing yet, even where it ends at once; who waits for its end has.
+    ended = module.params["state"] == "finished" and progress["state"] == "done"
+    module.exit_json(changed=ended and bool(progress["changed"]), progress=progress)
 
 
 if __name__ == "__main__":

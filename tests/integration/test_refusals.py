@@ -8,8 +8,10 @@ import os
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,29 +50,19 @@ def test_port_taken(tmp_path: Path) -> None:
     assert f"(pid {os.getpid()}): stop it, or give the service another port" in output
 
 
+def builds(**changes: Any) -> dict[str, Any]:
+    """The role's own table of builds, with some fields changed in each."""
+    table: dict[str, Any] = yaml.safe_load((ROOT / "roles/vllm/vars/main.yml").read_text())["__vllm_builds"]
+    return {device: {**row, **changes} for device, row in table.items()}
+
+
 def test_too_little_disk(tmp_path: Path) -> None:
-    build = {
-        "package": "x",
-        "without": [],
-        "torch_backend": "cpu",
-        "python": ["3.9", "3.14"],
-        "disk_mib": 10**9,
-        "libraries": {},
-    }
-    output = refuse(tmp_path, *extra(quickstart_port=1, __vllm_builds={"cpu": build, "cuda": build}))
+    output = refuse(tmp_path, *extra(quickstart_port=1, __vllm_builds=builds(disk_mib=10**9)))
     assert "MiB free and vLLM needs 1000000000: make room or set vllm_root to a larger disk" in output
 
 
 def test_no_python_that_vllm_supports(tmp_path: Path) -> None:
-    build = {
-        "package": "x",
-        "without": [],
-        "torch_backend": "cpu",
-        "python": ["3.98", "3.99"],
-        "disk_mib": 1,
-        "libraries": {},
-    }
-    output = refuse(tmp_path, *extra(quickstart_port=1, __vllm_builds={"cpu": build, "cuda": build}))
+    output = refuse(tmp_path, *extra(quickstart_port=1, __vllm_builds=builds(python=["3.98", "3.99"])))
     assert "vLLM needs Python 3.98 to 3.99 and the host has" in output
     assert "install one and give its path as vllm_python" in output
 
