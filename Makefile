@@ -33,7 +33,7 @@ soak: ## 240 random faults and kills while models are fetched (FAULTS=1000 SEED=
 	@scripts/controller.sh requirements-dev.txt
 	@BAREMETAL_SOAK_FAULTS=$(or $(FAULTS),240) BAREMETAL_SOAK_SEED=$(or $(SEED),1) .venv/bin/pytest -q -s tests/integration/test_model_soak.py
 
-test-vm: ## A real kernel in QEMU: nouveau, initramfs, DKMS, reboots (as root; 8 to 15 minutes)
+test-vm: ## A real kernel in QEMU: nouveau, initramfs, DKMS, reboots (as root, with mmdebstrap, grub-pc-bin and qemu-system-x86)
 	@scripts/controller.sh requirements-dev.txt
 	@.venv/bin/pytest tests/vm
 
