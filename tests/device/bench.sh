@@ -36,6 +36,10 @@ server=
 key=sk-device-bench
 mkdir -p "$out"
 
+# What this machine sets for its links holds for planned servers, too.
+links=$("$python" -c 'import json, os
+print(json.dumps({k: v for k, v in os.environ.items() if k.startswith(("NCCL_", "NVSHMEM_", "TORCH_SYMM_"))}))')
+
 model=$work/models/$(basename "${MODEL:-qwen2.5-7b}" .json)
 PYTHONPATH=collections "$python" tests/device/dummy_model.py "${MODEL:-qwen2.5-7b}" "$model"
 cat >"$work/hosts" <<HOSTS
@@ -48,7 +52,7 @@ play() { # PLAYBOOK OBJECTIVE [ARGUMENT...]
   cat >"$work/vars.json" <<VARS
 {
   "vllm_services": [{"name": "chat", "model": "$model", "objective": "$objective", "port": $port, "start_timeout": 900,
-                     "extra_args": ["--load-format", "dummy"]}],
+                     "extra_args": ["--load-format", "dummy"], "env": $links}],
   "vllm_root": "$work/root", "vllm_config_dir": "$work/config", "vllm_state_dir": "$work/state", "vllm_log_dir": "$work/log",
   "vllm_user": "$(id -un)", "vllm_existing_python": "$VLLM_PYTHON", "vllm_api_key": "$key", "vllm_verify_client": "never",
   "ansible_become": false, "preflight_allow_untested_distribution": true, "model_root": "$work/models",

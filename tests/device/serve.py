@@ -58,7 +58,9 @@ def make_model(folder: Path, config: dict[str, Any]) -> None:
 
 
 def services(gpus: int, models: Path) -> list[dict[str, Any]]:
-    dummy = {"extra_args": ["--load-format", "dummy"]}
+    # What this machine sets for its links holds for the servers, too.
+    links = {name: value for name, value in os.environ.items() if name.startswith(("NCCL_", "NVSHMEM_", "TORCH_SYMM_"))}
+    dummy = {"extra_args": ["--load-format", "dummy"], "env": links}
     chat = {"name": "chat", "model": str(models / "qwen2.5-7b"), "max_model_len": 8192, **dummy}
     chat |= {"tensor_parallel_size": 1, "data_parallel_size": min(gpus, 2)}
     big = {
