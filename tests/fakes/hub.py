@@ -10,7 +10,8 @@ reads (`_legacy_api.py`, `_download.py`): both hubs may hold the same names, and
         ...HF_ENDPOINT=hub.url...
 
 Paths, headers and error codes are those that huggingface_hub 1.33 asks for and reads (`hf_api.py`, `file_download.py`,
-`utils/_http.py`). Weights are answered as the hub answers LFS files: a redirect to another address that needs no token.
+`utils/_http.py`). Weights are answered as the hub answers LFS files: a redirect to another address that needs no token. With
+`hub.xet` they are told to be in Xet storage, too, and are to be had there (`xet.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from . import xet
 from .server import Answer, Handler, Link, Server
 
 LFS = (".safetensors", ".bin", ".pt", ".gguf")
@@ -100,6 +102,7 @@ class Hub(Server):
         self.link: Link | None = None  # what all answers go through
         # Whether weights are told to be in Xet storage, as most are today. They are served by HTTP, too.
         self.xet = False
+        self.storage = xet.Storage()
         self.direct = False  # whether weights are sent at once, without the redirect to storage
         self.repositories: dict[str, Repository] = {}
         self.faults: list[Fault] = []
@@ -144,11 +147,16 @@ class Hub(Server):
     def _answer(self, path: str, query: dict[str, list[str]], request: Handler) -> Answer:
         if match := re.fullmatch(r"/cdn/([0-9a-f]{64})", path):
             return self._cdn(match[1], request)
+        if match := re.fullmatch(r"/cas/(?:v([12])/)?reconstructions/([0-9a-f]{64})", path):
+            return self._reconstruction(int(match[1] or 1), match[2], request)
+        if match := re.fullmatch(r"/cas/xorbs/default/([0-9a-f]{64})", path):
+            return self._xorb(match[1], query.get("X-Xet-Signed", [""])[0], request)
         if match := re.fullmatch(r"/api/v1/models/([^/]+/[^/]+)/(repo|repo/files|revisions)", path):
             return self._modelscope(match[1], match[2], {name: values[0] for name, values in query.items()}, request)
         forms = {
             r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?": self._model,
             r"/api/models/([^/]+/[^/]+)/tree/([^/]+)": self._tree,
+            r"/api/models/([^/]+/[^/]+)/xet-read-token/([^/]+)": self._xet_token,
             r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)": self._resolve,
         }
         for form, method in forms.items():
@@ -191,7 +199,14 @@ class Hub(Server):
         files = self._files(name, revision)[1]
         return _json(
             [
-                {"type": "file", "path": path, "size": len(file.data), "oid": file.blob_id, **file.lfs_facts("oid")}
+                {
+                    "type": "file",
+                    "path": path,
+                    "size": len(file.data),
+                    "oid": file.blob_id,
+                    **file.lfs_facts("oid"),
+                    **({"xetHash": self.storage.add(file.data)} if self.xet and file.lfs else {}),
+                }
                 for path, file in files.items()
             ]
         )
@@ -206,7 +221,7 @@ class Hub(Server):
             return _ranged(file, request.headers.get("Range"), headers)
         linked = {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.data))}
         if self.xet:
-            linked["X-Xet-Hash"] = file.sha256
+            linked["X-Xet-Hash"] = self.storage.add(file.data)
             linked["Link"] = f'<{self.url}/api/models/{name}/xet-read-token/{commit}>; rel="xet-auth"'
         # Another host name of the same server: clients do not take their token there.
         location = f"{self.url.replace('127.0.0.1', 'localhost')}/cdn/{file.sha256}"
@@ -219,6 +234,36 @@ class Hub(Server):
             return Answer(403)
         headers = {"ETag": f'"{digest}"', "Accept-Ranges": "bytes"}
         return _ranged(file, request.headers.get("Range"), headers)
+
+    # ---- Xet storage ----
+
+    def _xet_token(self, name: str, revision: str, *, query: dict[str, list[str]], request: Handler) -> Answer:
+        token, expires = self.storage.token()
+        answer = _json({"casUrl": f"{self.url}/cas", "accessToken": token, "exp": expires})
+        answer.headers.update({"X-Xet-Cas-Url": f"{self.url}/cas", "X-Xet-Access-Token": token})
+        answer.headers["X-Xet-Token-Expiration"] = str(expires)
+        return answer
+
+    def _reconstruction(self, version: int, name: str, request: Handler) -> Answer:
+        if not self.storage.allowed(request.headers.get("Authorization")):
+            return Answer(401)
+        if version not in self.storage.versions or name not in self.storage.files:
+            return Answer(404)
+        wanted = request.headers.get("Range")
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted or "bytes=0-9223372036854775807")
+        if not match:
+            return Answer(400)
+        found = self.storage.reconstruction(version, name, int(match[1]), int(match[2]) + 1, f"{self.url}/cas")
+        return _json(found) if found else Answer(416)
+
+    def _xorb(self, name: str, signature: str, request: Handler) -> Answer:
+        """The signature is of one range; a token would be refused by the real storage, whose own the address holds."""
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range") or "")
+        if request.headers.get("Authorization") or not match or name not in self.storage.xorbs:
+            return Answer(400)
+        if signature != self.storage.signature(name, int(match[1]), int(match[2])):
+            return Answer(403)
+        return _ranged(File(self.storage.xorbs[name].data, lfs=True), match[0], {})
 
     # ---- ModelScope ----
 

@@ -112,6 +112,7 @@ class Soak:
         origin = self.origin(number, version)
         name = f"{REPO}-{number}"
         self.hub.add(name, origin)
+        self.hub.xet = self.random.random() < 0.5  # what most weights are told to be in
 
         def new_job() -> Any:
             model = model_jobs.read_model(name, self.hub.url, source)

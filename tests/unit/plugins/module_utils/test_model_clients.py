@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +22,9 @@ from ansible_collections.baremetal.vllm.tests.fakes.hub import Fault, Hub
 REPO = "owner/tiny"
 BIG, SIZE = "model.safetensors", 6_000_000
 NEWEST = yaml.safe_load((ROOT / "roles/model/vars/main.yml").read_text())["__model_clients"]
-# modelscope-hub before 0.5.0 ends well with files missing.
-OLDEST = {"huggingface": "huggingface_hub==1.0.0", "modelscope": "modelscope-hub==0.5.0"}
+# modelscope-hub before 0.5.0 ends well with files missing. hf_xet 1.2.0 is the oldest that huggingface_hub 1.0.0 takes.
+OLDEST = {"huggingface": "huggingface_hub==1.0.0 hf_xet==1.2.0", "modelscope": "modelscope-hub==0.5.0"}
+REQUIREMENTS = {"newest": NEWEST, "oldest": OLDEST}
 
 pytestmark = pytest.mark.client
 
@@ -30,7 +32,7 @@ pytestmark = pytest.mark.client
 @pytest.fixture(params=[(source, which) for source in NEWEST for which in ("newest", "oldest")], ids="-".join)
 def client(request: pytest.FixtureRequest, tool_environment: Callable[..., Path]) -> tuple[str, str]:
     source, which = request.param
-    return source, str(tool_environment({"newest": NEWEST, "oldest": OLDEST}[which][source]) / "python")
+    return source, str(tool_environment(*REQUIREMENTS[which][source].split()) / "python")
 
 
 @pytest.fixture
@@ -97,3 +99,38 @@ def test_goes_on_without_a_client_that_is_broken(job: Any, hub: Hub) -> None:
     changed, status = model_jobs.run({**job, "client_python": "/bin/false", "client_required": False, "backoff": 0.001})
     assert changed
     assert any("went on without it" in note for note in status["notes"])
+
+
+@pytest.fixture(params=REQUIREMENTS)
+def huggingface(request: pytest.FixtureRequest, tool_environment: Callable[..., Path]) -> str:
+    return str(tool_environment(*REQUIREMENTS[request.param]["huggingface"].split()) / "python")
+
+
+def snapshot(python: str, hub: Hub, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What the client does by itself, with Xet, which it installs and uses unless it is told not to."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": f"{folder}-home", "HF_TOKEN": "hf_right", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    code = f"import huggingface_hub; huggingface_hub.snapshot_download({REPO!r}, local_dir={str(folder)!r})"
+    return subprocess.run([python, "-c", code], env=kept | own, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("versions", [{1}, {1, 2}])
+def test_the_standin_speaks_xet(huggingface: str, hub: Hub, tmp_path: Path, versions: set[int]) -> None:
+    hub.storage.versions = versions
+    done = snapshot(huggingface, hub, tmp_path / "own")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "own" / BIG).read_bytes() == (tmp_path / "origin" / BIG).read_bytes()
+    paths = hub.paths()
+    assert any(path.startswith("/cas/xorbs/") for path in paths) and not any(path.startswith("/cdn/") for path in paths)
+
+
+@pytest.mark.parametrize("faults", [[Fault("/cas/", status=503)], [Fault("/cas/xorbs", corrupt_at=5000)]], ids=str)
+def test_xet_storage_in_trouble_is_no_trouble(huggingface: str, hub: Hub, tmp_path: Path, faults: list[Fault]) -> None:
+    """With the Xet client installed and Xet storage announced: the role's fetch takes the HTTP form and stays whole."""
+    hub.faults[:] = faults
+    model = model_jobs.read_model(REPO, hub.url, token="hf_right")
+    settings = {"client_python": huggingface, "client_required": True, "timeout": 5, "token": "hf_right"}
+    job = model_jobs.make_job(model, tmp_path / "models", hub.url, **settings)
+    assert model_jobs.run(job)[0]
+    assert (final(job) / BIG).read_bytes() == (tmp_path / "origin" / BIG).read_bytes()
+    assert not any(path.startswith("/cas/") for path in hub.paths())
