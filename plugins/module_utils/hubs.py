@@ -23,7 +23,8 @@ from urllib.request import HTTPRedirectHandler, HTTPSHandler, Request, build_ope
 MANIFEST = "MANIFEST.sha256"
 # Lists of hashes that a folder on a web server may have, in the order in which they are asked for.
 LISTS = (MANIFEST, "SHA256SUMS", "sha256sums.txt")
-# ModelScope ends a listing at this number of entries without saying so (modelscope-hub 0.5.1, constants.py).
+# ModelScope ends a listing at this number of entries without saying so, and knows no pages; folders below it can be listed by
+# themselves (modelscope-hub 0.5.1, constants.py and _legacy_api.py).
 MODELSCOPE_LIMIT = 3000
 # Weights in formats that vLLM does not read where safetensors lie beside them, and Mistral's second copy of those.
 DUPLICATES = ("*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.pt", "*.pth", "consolidated*.safetensors")
@@ -194,25 +195,43 @@ class Hub(object):
         return commit, files
 
     def _modelscope(self):
+        files = self._modelscope_folder("")
+        return digest(files), files
+
+    def _modelscope_folder(self, root):
+        """Files of a folder and of those below it."""
+        count, files, dummy = self._modelscope_entries(root, True)
+        if count < MODELSCOPE_LIMIT:
+            return files
+        count, files, folders = self._modelscope_entries(root, False)
+        if count >= MODELSCOPE_LIMIT:
+            raise Problem(
+                "%s lists %d files or more in the folder /%s of model %s and does not say the rest: fetch it by other means and "
+                "give the path of the folder" % (self.endpoint, MODELSCOPE_LIMIT, root, self.model["model"])
+            )
+        for folder in folders:
+            files += self._modelscope_folder(folder)
+        return files
+
+    def _modelscope_entries(self, root, recursive):
+        """(number of entries, files, names of folders) of one listing."""
+        url = "%s/api/v1/models/%s/repo/files?Revision=%s&Recursive=%s" % (
+            self.endpoint,
+            quote(self.model["model"]),
+            quote(self.model["revision"], ""),
+            recursive,
+        )
+
         def read(answer):
-            found = answer["Data"]["Files"] or []
-            if len(found) >= MODELSCOPE_LIMIT:
-                raise Problem(
-                    "%s lists %d files or more of model %s and does not say the rest: fetch it by other means and give the "
-                    "path of the folder" % (self.endpoint, MODELSCOPE_LIMIT, self.model["model"])
-                )
-            return [
+            entries = answer["Data"]["Files"] or []
+            files = [
                 {"path": entry["Path"] + "", "size": entry["Size"], "sha256": entry.get("Sha256") or "", "git": ""}
-                for entry in found
+                for entry in entries
                 if entry.get("Type") != "tree"
             ]
+            return len(entries), files, [entry["Path"] + "" for entry in entries if entry.get("Type") == "tree"]
 
-        files = self.json(
-            "%s/api/v1/models/%s/repo/files?Revision=%s&Recursive=True"
-            % (self.endpoint, quote(self.model["model"]), quote(self.model["revision"], "")),
-            read,
-        )
-        return digest(files), files
+        return self.json(url + ("&Root=" + quote(root, "") if root else ""), read)
 
     def _http(self):
         base = self.model["model"].rstrip("/") + "/"

@@ -15,6 +15,7 @@ import ctypes
 import errno
 import json
 import os
+import queue
 import random
 import shutil
 import signal
@@ -36,6 +37,7 @@ from ansible_collections.baremetal.vllm.plugins.module_utils.hubs import Problem
 
 BLOCK = 256 * 1024
 MIB = 1024 * 1024
+STEP = 8 * MIB  # of a copy within the machine
 # A request asks for no more than this: some storage refuses to send files above 50 GB in one answer (huggingface_hub 2.4.0,
 # constants.MAX_HTTP_DOWNLOAD_SIZE), and no answer then lasts for hours.
 SEGMENT = 8 * 1024 * MIB
@@ -47,6 +49,8 @@ MISMATCHES = 3
 # after the other. Then until the neighbours are tried again, and until a nearer one is tried that was not there.
 PEER_GRACE = 20
 PEER_START = 90
+# A neighbour that does not answer in a host's first seconds is only about to start, and the ones beyond it have their hands full.
+PEER_FIRST = 4
 PEER_AGAIN = 60
 PEER_NEARER = 5
 PEER_CONNECT = 5
@@ -213,6 +217,20 @@ class Client(object):
         self.process.wait()
 
 
+def copy_range(origin, target, offset, count):
+    """Bytes that the kernel has copied from one open file, at an offset, to where the other one is; 0 at the end."""
+    if hasattr(os, "copy_file_range"):  # Python 3.8 and newer
+        try:
+            copied = os.copy_file_range(origin, target, count, offset)
+            if copied:  # some file systems say 0 for what they cannot
+                return copied
+        except OSError as error:
+            # Between two file systems on kernels before 5.3, and on file systems that cannot.
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF):
+                raise
+    return os.sendfile(target, origin, offset, count)
+
+
 class Fetch(object):
     """Brings one model. `job`: see DOCUMENTATION of the module model_fetch; `lock` is held."""
 
@@ -230,8 +248,10 @@ class Fetch(object):
         self.server = None
         self.source, self.source_since = 0, time.time()
         self.source_lock = threading.Lock()
-        # When the hub is asked if no neighbour is heard until then.
-        self.peer_deadline = time.time() + self.job["peers"].get("start", PEER_START)
+        # When the hub is asked if no neighbour is heard until then, and until when the nearest alone is.
+        start = self.job["peers"].get("start", PEER_START)
+        self.peer_deadline = time.time() + start
+        self.peer_first = time.time() + min(PEER_FIRST, start)
         self.context = None
 
     # ---- the whole ----
@@ -498,7 +518,7 @@ class Fetch(object):
             refusals += error.refused
             if source is not None:
                 self._peer_failed(number, error)
-                self.stop.wait(min(error.wait or 0.5, 5))
+                self.stop.wait(min(error.wait or 0.3, 5))
                 continue
             if refusals >= REFUSALS:
                 raise Failed(
@@ -529,8 +549,8 @@ class Fetch(object):
             self.staging,
         )
 
-    def _append(self, part, data, digests, kind):
-        view, handle = memoryview(data), os.open(part, os.O_WRONLY | os.O_APPEND)
+    def _append(self, part, view, digests, kind):
+        handle = os.open(part, os.O_WRONLY | os.O_APPEND)
         try:
             while view:
                 written = os.write(handle, view)
@@ -540,19 +560,62 @@ class Fetch(object):
         finally:
             os.close(handle)
 
-    def _copy(self, read, left, part, digests, kind):
-        """Appends up to `left` bytes of what `read` gives; Again if they end too soon."""
+    def _copy(self, read_into, left, part, digests, kind):
+        """Appends up to `left` bytes of what `read_into` gives; Again if they end too soon."""
+        buffer = memoryview(bytearray(min(BLOCK, left)))
         while left > 0:
             try:
-                data = read(min(BLOCK, left))
+                size = read_into(buffer[: min(BLOCK, left)])
             except NETWORK as error:
                 raise Again("the connection broke off (%s)" % error)
-            if not data:
+            if not size:
                 raise Again("the connection ended %d bytes too soon" % left)
-            self._append(part, data, digests, kind)
-            left -= len(data)
+            self._append(part, buffer[:size], digests, kind)
+            left -= size
             if self.stop.is_set():
                 raise Failed("stopped")
+
+    def _copy_file(self, source, offset, left, part, digests):
+        """As `_copy`, of a file: the kernel copies, or shares blocks where it can, while a thread hashes what has arrived."""
+        steps, errors = queue.Queue(maxsize=4), []
+
+        def hash_what_has_come():
+            try:
+                with open(part, "rb", buffering=0) as handle:
+                    handle.seek(offset)
+                    buffer = memoryview(bytearray(BLOCK))
+                    for size in iter(steps.get, 0):
+                        while size > 0 and not errors:
+                            count = handle.readinto(buffer[: min(BLOCK, size)])
+                            if not count:
+                                raise OSError(errno.EIO, "%s has become shorter" % part)
+                            digests.update(buffer[:count])
+                            size -= count
+            except OSError as error:
+                errors.append(error)
+                while steps.get():  # nobody must wait for room
+                    continue
+
+        thread = threading.Thread(target=hash_what_has_come)
+        thread.start()
+        try:
+            with open(source, "rb", buffering=0) as origin, open(part, "r+b", buffering=0) as target:
+                target.seek(offset)
+                position = offset
+                while left > 0 and not errors:
+                    size = copy_range(origin.fileno(), target.fileno(), position, min(STEP, left))
+                    if not size:
+                        raise Again("%s ends %d bytes too soon" % (source, left))
+                    position, left = position + size, left - size
+                    self.status.add(done_bytes=size, hub_bytes=size)
+                    steps.put(size)
+                    if self.stop.is_set():
+                        raise Failed("stopped")
+        finally:
+            steps.put(0)
+            thread.join()
+        if errors:
+            raise errors[0]
 
     # ---- sources ----
 
@@ -569,7 +632,7 @@ class Fetch(object):
         """Goes on to the next one; from the last to the first again until it is time for the hub."""
         upstreams = self.job["peers"]["upstreams"]
         with self.source_lock:
-            if number != self.source:
+            if number != self.source or (number == 0 and time.time() < self.peer_first):
                 return
             self.source, self.source_since = number + 1, time.time()
             if self.source < len(upstreams):
@@ -600,7 +663,7 @@ class Fetch(object):
             )
             answer = connection.getresponse()
             if answer.status == 206:
-                self._copy(answer.read, int(answer.headers["Content-Length"]), part, digests, "peer_bytes")
+                self._copy(answer.readinto, int(answer.headers["Content-Length"]), part, digests, "peer_bytes")
                 return
             answer.read()
             if answer.status != 202:  # 202: alive, and has not got further itself
@@ -639,9 +702,7 @@ class Fetch(object):
     def _from_hub(self, entry, offset, part, digests):
         url = hubs.file_url(self.model, self.job["endpoint"] or "", entry["path"])
         if url.startswith("file:"):
-            with open(url2pathname(urlsplit(url).path), "rb", buffering=0) as handle:
-                handle.seek(offset)
-                self._copy(handle.read, entry["size"] - offset, part, digests, "hub_bytes")
+            self._copy_file(url2pathname(urlsplit(url).path), offset, entry["size"] - offset, part, digests)
             return
         end = min(offset + SEGMENT, entry["size"])
         headers = hubs.token_headers(self.model["source"], self.job["token"])
@@ -670,7 +731,7 @@ class Fetch(object):
                 end = entry["size"]
                 if offset:  # a server that knows no ranges: what there is is skipped, as it has been hashed already
                     self._skip(answer, offset)
-            self._copy(answer.read, end - offset, part, digests, "hub_bytes")
+            self._copy(answer.readinto, end - offset, part, digests, "hub_bytes")
 
     @staticmethod
     def _skip(answer, left):

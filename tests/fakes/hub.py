@@ -103,6 +103,7 @@ class Hub(Server):
         # Whether weights are told to be in Xet storage, as most are today. They are served by HTTP, too.
         self.xet = False
         self.storage = xet.Storage()
+        self.listing_limit = 3000  # entries after which ModelScope ends a listing without a word
         self.direct = False  # whether weights are sent at once, without the redirect to storage
         self.repositories: dict[str, Repository] = {}
         self.faults: list[Fault] = []
@@ -299,7 +300,11 @@ class Hub(Server):
         for path, file in files.items():
             facts = {"Path": path, "Name": Path(path).name, "Type": "blob", "Size": len(file.data), "IsLFS": file.lfs}
             entries.append({**facts, "Sha256": file.sha256, "Revision": commit})
-        return _data({"Files": entries})
+        root = query.get("Root", "").strip("/")
+        entries = [entry for entry in entries if not root or entry["Path"].startswith(f"{root}/")]
+        if query.get("Recursive") != "True":
+            entries = [entry for entry in entries if "/" not in entry["Path"][len(root) :].lstrip("/")]
+        return _data({"Files": entries[: self.listing_limit]})
 
 
 def _data(value: Any) -> Answer:

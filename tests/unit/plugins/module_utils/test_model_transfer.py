@@ -92,6 +92,11 @@ def asked(hub: Hub) -> list[str]:
     ]
 
 
+def read_bytes() -> int:
+    """What this process has read from files so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
 def test_a_model(job: Any, hub: Hub, origin: Path) -> None:
     changed, status = model_jobs.run(job)
     assert changed
@@ -103,8 +108,10 @@ def test_a_model(job: Any, hub: Hub, origin: Path) -> None:
     subprocess.run(["sha256sum", "--quiet", "-c", hubs.MANIFEST], cwd=final(job), check=True)
     assert not Path(model_jobs.place_of(job).staging(job["model"]["commit"])).exists()
     requests = len(hub.requests)
+    before = read_bytes()
     assert model_jobs.run(job)[0] is False
     assert len(hub.requests) == requests
+    assert read_bytes() - before < 100_000, "a second run reads the stamp, not the model"
 
 
 FAULTS = {
@@ -299,6 +306,26 @@ def test_a_gated_model(hub: Hub, origin: Path, tmp_path: Path) -> None:
     for _, path, headers in hub.requests:
         if path.startswith("/cdn/"):
             assert not {"authorization", "cookie"} & {name.lower() for name in headers}
+
+
+def test_more_files_than_modelscope_lists_at_once(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3000 in truth: such a listing is asked for folder by folder, and a single folder of that size is refused."""
+    monkeypatch.setattr(hubs, "MODELSCOPE_LIMIT", 7)
+    hub.listing_limit = 7
+    folder = write(tmp_path / "many")
+    for name in ("a/1", "a/b/1", "a/b/2", "a/b/3", "a/c/1", "d/1"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / "empty.txt").unlink()
+    hub.add("owner/many", folder)
+    job = model_jobs.make_job(model_jobs.read_model("owner/many", hub.url, "modelscope"), tmp_path / "models", hub.url)
+    model_jobs.run(job)
+    assert same(final(job), folder)
+    for number in range(4):
+        (folder / f"a/b/more-{number}").write_text("")
+    hub.add("owner/many", folder)
+    with pytest.raises(Problem, match=r"lists 7 files or more in the folder /a/b of model owner/many"):
+        model_jobs.read_model("owner/many", hub.url, "modelscope")
 
 
 # ---- folders on web servers and shares ----
