@@ -1,25 +1,232 @@
+#!/usr/bin/python
+# -*- coding: utf-8 -*-
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""What the role has to know of the NVIDIA driver on this host, read in one go and printed as one JSON object.
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 
-Only reads: nothing is loaded, started or waited for longer than the time limit of nvidia-smi. Runs on the managed
-host with its own Python (3.6 at the oldest) and the standard library alone.
+from __future__ import absolute_import, division, print_function
 
-Argument: a JSON object {"kernel": release that modules are built for, empty for the running one, "module": its name
-in the module tree, "packages": [names whose installed version is asked for, beside the kernel's], "foreign": regular expression of packages
-that bring a driver, "files": [paths whose sha256 is asked for], "units": [units asked about], "folders": {path: MiB
-that it needs}, "smi_timeout": seconds}.
+__metaclass__ = type
+
+DOCUMENTATION = r"""
+module: nvidia_driver_info
+short_description: What the role nvidia_driver has to know of driver, kernel and GPUs of a host, in one task
+version_added: 0.1.0
+description:
+  - GPUs, the driver on disk, in DKMS and loaded, kernels with their compiler and headers, what uses the GPUs, and what is in the
+    way of an installation. Never changes or loads anything.
+options:
+  kernel:
+    description: Release that modules are built for, empty for the running one.
+    type: str
+    default: ""
+  module:
+    description: Name of the module's tree in DKMS.
+    type: str
+    default: nvidia
+  foreign:
+    description: Regular expression of the names of packages that bring a driver.
+    type: str
+    default: ^$
+  units:
+    description: Units whose state is wanted.
+    type: list
+    elements: str
+    default: []
+  folders:
+    description: MiB that each folder needs.
+    type: dict
+    default: {}
+  smi_timeout:
+    description: Seconds to wait for nvidia-smi, which hangs when a GPU is in trouble.
+    type: int
+    default: 60
+  packages:
+    description: Names of packages whose version is wanted.
+    type: list
+    elements: str
+    default: []
+  files:
+    description: Files whose checksum is wanted.
+    type: list
+    elements: path
+    default: []
+author:
+  - baremetal.vllm maintainers (@baremetal-vllm)
+attributes:
+  check_mode:
+    description: Runs the same in check mode, as it only reads.
+    support: full
+  diff_mode:
+    description: There is nothing to compare.
+    support: none
+  platform:
+    description: Target platforms.
+    platforms: posix
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: Look at the driver
+  baremetal.vllm.nvidia_driver_info:
+    foreign: ^nvidia-driver
+    folders: {/usr: 1500}
+  register: driver
+"""
+
+RETURN = r"""
+alternate:
+  description: Whether something else than the installer says that it owns the driver.
+  returned: success
+  type: bool
+broken_dkms:
+  description: Versions whose tree in DKMS leads to no source.
+  returned: success
+  type: list
+  elements: str
+compiler:
+  description: C(text), C(command), C(path) and C(source) of the compiler that built the kernel.
+  returned: success
+  type: dict
+dkms:
+  description: C(module), C(version), C(kernel) and C(state) of what C(dkms status) prints.
+  returned: success
+  type: list
+  elements: dict
+files:
+  description: SHA-256 of each of O(files), empty where it is missing.
+  returned: success
+  type: dict
+foreign:
+  description: Installed packages whose names match O(foreign).
+  returned: success
+  type: list
+  elements: str
+gpus:
+  description: C(address), C(device_id) and C(driver) of each display controller of NVIDIA.
+  returned: success
+  type: list
+  elements: dict
+headers:
+  description: Whether the kernel's headers are there.
+  returned: success
+  type: bool
+held:
+  description: Packages that updates leave alone.
+  returned: success
+  type: list
+  elements: str
+kernel:
+  description: Release that modules are built for.
+  returned: success
+  type: str
+loaded:
+  description: C(version) and C(flavour) of the driver that runs, empty where none does.
+  returned: success
+  type: dict
+module:
+  description: C(version), C(flavour), C(path) and C(signer) of the module on disk for RV(kernel).
+  returned: success
+  type: dict
+modules:
+  description: How often each loaded module of the driver is in use.
+  returned: success
+  type: dict
+next_headers:
+  description: Whether the headers of RV(next_kernel) are there.
+  returned: success
+  type: bool
+next_kernel:
+  description: Release that the next boot takes.
+  returned: success
+  type: str
+next_module:
+  description: The module on disk for RV(next_kernel), where that is another than RV(kernel).
+  returned: success
+  type: dict
+noexec:
+  description: Those of O(folders) where nothing can be run.
+  returned: success
+  type: list
+  elements: str
+nvswitches:
+  description: Number of NVSwitches.
+  returned: success
+  type: int
+package_lists:
+  description: Whether packages can be looked up already.
+  returned: success
+  type: bool
+packages:
+  description: Version of each of O(packages) and of each kernel package that is installed.
+  returned: success
+  type: dict
+  sample: {dkms: 3.0.10-8+deb12u1}
+runfile_version:
+  description: Version that an installer noted.
+  returned: success
+  type: str
+running_kernel:
+  description: Release of the kernel that runs.
+  returned: success
+  type: str
+secure_boot:
+  description: Whether the firmware lets only signed modules in.
+  returned: success
+  type: bool
+short:
+  description: One line for each of O(folders) that has less room than it needs.
+  returned: success
+  type: list
+  elements: str
+signing_key:
+  description: C(key) and C(certificate) that DKMS signs with, and whether the firmware knows it (C(enrolled)).
+  returned: success
+  type: dict
+smi:
+  description: C(version) and number of C(gpus) that nvidia-smi tells, or its C(error).
+  returned: success
+  type: dict
+uninstaller:
+  description: Path of nvidia-uninstall, empty where there is none.
+  returned: success
+  type: str
+units:
+  description: C(exists), C(active) and C(enabled) of each of O(units).
+  returned: success
+  type: dict
+users:
+  description: C(pid), C(command), C(unit) and C(container) of each process that holds a GPU.
+  returned: success
+  type: list
+  elements: dict
+userspace:
+  description: Version of the libraries.
+  returned: success
+  type: str
+x_servers:
+  description: Process ids of display servers.
+  returned: success
+  type: list
+  elements: int
 """
 
 import glob
-import hashlib
-import json
 import os
 import re
-import shutil
-import subprocess
-import sys
 
-PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import (
+    held,
+    output,
+    package_lists,
+    packages,
+    read,
+    run,
+    sha256,
+    which,
+)
+
 PCI = "/sys/bus/pci/devices"
 MODULES = "/sys/module"
 PROC = "/proc"
@@ -38,37 +245,6 @@ KEYS = (
     ("/var/lib/shim-signed/mok/MOK.priv", "/var/lib/shim-signed/mok/MOK.der"),
     ("/var/lib/dkms/mok.key", "/var/lib/dkms/mok.pub"),
 )
-
-
-def run(*argv, **options):
-    """(status, output of both streams); status None where the command is missing or hangs."""
-    try:
-        done = subprocess.run(
-            argv,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            universal_newlines=True,  # noqa: UP021
-            timeout=options.get("timeout", 60),
-            env=dict(os.environ, LC_ALL="C", PATH=PATHS),
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None, ""
-    return done.returncode, done.stdout
-
-
-def output(*argv):
-    """Output of a command that succeeds, else nothing."""
-    status, text = run(*argv)
-    return text if status == 0 else ""
-
-
-def read(path):
-    try:
-        with open(path, encoding="utf-8", errors="replace") as handle:
-            return handle.read()
-    except OSError:
-        return ""
 
 
 def link(path):
@@ -161,7 +337,7 @@ def userspace():
 
 def smi(timeout):
     """What nvidia-smi says of the driver: {version, gpus, error}. A hang is an answer, too."""
-    if not shutil.which("nvidia-smi", path=PATHS):
+    if not which("nvidia-smi"):
         return {"version": "", "gpus": 0, "error": "nvidia-smi is not there"}
     status, text = run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", timeout=timeout)
     versions = re.findall(r"^\s*(\d+\.\d+(?:\.\d+)?)\s*$", text, re.M)
@@ -182,7 +358,7 @@ def compiler(kernel):
         if found:
             text = found.group(1)
             command = text.split(" ")[0]
-            return {"text": text, "command": command, "path": shutil.which(command, path=PATHS) or "", "source": path}
+            return {"text": text, "command": command, "path": which(command), "source": path}
     return {"text": "", "command": "", "path": "", "source": ""}
 
 
@@ -196,7 +372,7 @@ def version_key(text):
 
 def next_kernel(running):
     """Release that the next boot takes: what grubby says, else the newest image in /boot."""
-    default = output("grubby", "--default-kernel").strip() if shutil.which("grubby", path=PATHS) else ""
+    default = output("grubby", "--default-kernel").strip() if which("grubby") else ""
     if default:
         return re.sub(r"^.*/vmlinuz-", "", default)
     releases = [os.path.basename(path)[len("vmlinuz-") :] for path in glob.glob(BOOT + "/vmlinuz-*")]
@@ -286,31 +462,6 @@ def modules():
     return found
 
 
-def packages():
-    """({name: version}, package manager): everything installed, by the manager that the host has."""
-    if shutil.which("rpm", path=PATHS) and output("rpm", "-q", "rpm", "--qf", "x"):
-        rows = output("rpm", "-qa", "--qf", "%{NAME} %{VERSION}-%{RELEASE} installed\\n")
-    else:
-        rows = output("dpkg-query", "-W", "-f", "${Package} ${Version} ${db:Status-Status}\\n")
-    found = {}
-    for line in rows.splitlines():
-        words = line.split()
-        if len(words) == 3 and words[2] == "installed":
-            found[words[0]] = words[1]
-    return found
-
-
-def held():
-    """Packages that updates leave alone."""
-    if shutil.which("apt-mark", path=PATHS):
-        return sorted(output("apt-mark", "showhold").split())
-    return sorted(
-        line.strip()
-        for line in read("/etc/dnf/plugins/versionlock.list").splitlines()
-        if line.strip()[:1] not in ("", "#")
-    )
-
-
 def units(names):
     """{unit: {active, enabled, exists}} by one call to systemd."""
     found = {}
@@ -324,14 +475,6 @@ def units(names):
                 "enabled": fields.get("UnitFileState") == "enabled",
             }
     return found
-
-
-def sha256(path):
-    try:
-        with open(path, "rb") as handle:
-            return hashlib.sha256(handle.read()).hexdigest()
-    except OSError:
-        return ""
 
 
 def short_of_space(folders):
@@ -351,58 +494,67 @@ def existing(path):
     return path
 
 
-def main():
-    asked = json.loads(sys.argv[1])
+def look(asked):
     running = output("uname", "-r").strip()
     kernel = asked["kernel"] or running
     following = next_kernel(running)
     gpus, switches = pci()
     installed = packages()
-    status = dkms_rows(output("dkms", "status"), asked["module"]) if shutil.which("dkms", path=PATHS) else []
-    print(
-        json.dumps(
-            {
-                "running_kernel": running,
-                "kernel": kernel,
-                "next_kernel": following,
-                "gpus": gpus,
-                "nvswitches": len(switches) or len(glob.glob(NVSWITCH + "/*")),
-                "loaded": loaded(),
-                "modules": modules(),
-                "module": on_disk(kernel),
-                "next_module": on_disk(following) if following != kernel else {},
-                "dkms": status,
-                "broken_dkms": broken_dkms(asked["module"]),
-                "userspace": userspace(),
-                "smi": smi(asked["smi_timeout"]) if gpus else {"version": "", "gpus": 0, "error": "there is no GPU"},
-                "uninstaller": shutil.which("nvidia-uninstall", path=PATHS) or "",
-                "runfile_version": (read(INSTALLER_LOG).splitlines() or [""])[0].strip(),
-                "alternate": os.path.exists(ALTERNATE),
-                "foreign": sorted(name for name in installed if re.match(asked["foreign"], name)),
-                "compiler": compiler(kernel),
-                "headers": headers(kernel),
-                "next_headers": headers(following),
-                "secure_boot": secure_boot(),
-                "signing_key": signing_key(),
-                "users": users(),
-                "x_servers": x_servers(),
-                "packages": {
-                    name: version
-                    for name, version in installed.items()
-                    if name in asked["packages"] or KERNEL_PACKAGES.match(name)
-                },
-                "held": held(),
-                "units": units(asked["units"]),
-                "files": {path: sha256(path) for path in asked["files"]},
-                "short": short_of_space(asked["folders"]),
-                "noexec": [path for path in asked["folders"] if os.statvfs(existing(path)).f_flag & os.ST_NOEXEC],
-                # dnf fetches its lists when it needs them, apt only when told to.
-                "package_lists": not shutil.which("apt-get", path=PATHS)
-                or bool(glob.glob("/var/lib/apt/lists/*Packages*")),
-            },
-            sort_keys=True,
-        )
+    status = dkms_rows(output("dkms", "status"), asked["module"]) if which("dkms") else []
+    return {
+        "running_kernel": running,
+        "kernel": kernel,
+        "next_kernel": following,
+        "gpus": gpus,
+        "nvswitches": len(switches) or len(glob.glob(NVSWITCH + "/*")),
+        "loaded": loaded(),
+        "modules": modules(),
+        "module": on_disk(kernel),
+        "next_module": on_disk(following) if following != kernel else {},
+        "dkms": status,
+        "broken_dkms": broken_dkms(asked["module"]),
+        "userspace": userspace(),
+        "smi": smi(asked["smi_timeout"]) if gpus else {"version": "", "gpus": 0, "error": "there is no GPU"},
+        "uninstaller": which("nvidia-uninstall"),
+        "runfile_version": (read(INSTALLER_LOG).splitlines() or [""])[0].strip(),
+        "alternate": os.path.exists(ALTERNATE),
+        "foreign": sorted(name for name in installed if re.match(asked["foreign"], name)),
+        "compiler": compiler(kernel),
+        "headers": headers(kernel),
+        "next_headers": headers(following),
+        "secure_boot": secure_boot(),
+        "signing_key": signing_key(),
+        "users": users(),
+        "x_servers": x_servers(),
+        "packages": {
+            name: version
+            for name, version in installed.items()
+            if name in asked["packages"] or KERNEL_PACKAGES.match(name)
+        },
+        "held": held(),
+        "units": units(asked["units"]),
+        "files": {path: sha256(path) for path in asked["files"]},
+        "short": short_of_space(asked["folders"]),
+        "noexec": [path for path in asked["folders"] if os.statvfs(existing(path)).f_flag & os.ST_NOEXEC],
+        "package_lists": package_lists(),
+    }
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "kernel": {"type": "str", "default": ""},
+            "module": {"type": "str", "default": "nvidia"},
+            "foreign": {"type": "str", "default": "^$"},
+            "units": {"type": "list", "elements": "str", "default": []},
+            "folders": {"type": "dict", "default": {}},
+            "smi_timeout": {"type": "int", "default": 60},
+            "packages": {"type": "list", "elements": "str", "default": []},
+            "files": {"type": "list", "elements": "path", "default": []},
+        },
+        supports_check_mode=True,
     )
+    module.exit_json(changed=False, **look(module.params))
 
 
 if __name__ == "__main__":

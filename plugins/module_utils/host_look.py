@@ -1,0 +1,152 @@
+# -*- coding: utf-8 -*-
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""How modules look at a host: commands, files, packages, Docker's settings. Only reads. For the host's own Python, 3.6 at the oldest."""
+
+from __future__ import absolute_import, division, print_function
+
+__metaclass__ = type
+
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+
+PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+DAEMON_JSON = "/etc/docker/daemon.json"
+VERSIONLOCK = "/etc/dnf/plugins/versionlock.list"
+SOURCES = ("/etc/apt/sources.list", "/etc/apt/sources.list.d/*", "/etc/yum.repos.d/*.repo")
+
+
+def which(name):
+    """Where a program is, empty where it is not."""
+    return shutil.which(name, path=PATHS) or ""
+
+
+def run(*argv, **options):
+    """(status, output) of a command; status None where it is missing or takes longer than C(timeout) seconds (60).
+
+    Errors are part of the output unless C(errors) is false.
+    """
+    try:
+        done = subprocess.run(
+            argv,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if options.get("errors", True) else subprocess.DEVNULL,
+            universal_newlines=True,
+            timeout=options.get("timeout", 60),
+            env=dict(os.environ, LC_ALL="C", PATH=PATHS),
+            check=False,
+        )
+    except OSError as error:
+        return None, str(error)
+    except subprocess.TimeoutExpired:
+        return None, ""
+    return done.returncode, done.stdout
+
+
+def output(*argv):
+    """Standard output of a command that succeeds, else nothing."""
+    status, text = run(*argv, errors=False)
+    return text if status == 0 else ""
+
+
+def read(path):
+    """Content of a text file, empty where it is missing or may not be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as handle:
+            return handle.read()
+    except OSError:
+        return ""
+
+
+def sha256(path):
+    """Content of a file by its checksum, as what it holds may be secret. Empty where there is no file."""
+    try:
+        with open(path, "rb") as handle:
+            return hashlib.sha256(handle.read()).hexdigest()
+    except OSError:
+        return ""
+
+
+def packages():
+    """{name: version} of everything installed, by the package manager that the host has. An epoch of 0 is left out."""
+    # On the Debian family rpm may be there as a mere tool.
+    if which("rpm") and (not which("dpkg-query") or output("rpm", "-q", "rpm", "--qf", "x")):
+        rows = output("rpm", "-qa", "--qf", "%{NAME} %{EPOCHNUM}:%{VERSION}-%{RELEASE} installed\\n")
+    else:
+        rows = output("dpkg-query", "-W", "-f", "${Package} ${Version} ${db:Status-Status}\\n")
+    found = {}
+    for line in rows.splitlines():
+        words = line.split()
+        if len(words) == 3 and words[2] == "installed":
+            found[words[0]] = words[1][2:] if words[1].startswith("0:") else words[1]
+    return found
+
+
+def package_lists():
+    """Whether packages can be looked up. dnf fetches its lists when it needs them, apt only when told to."""
+    return not which("apt-get") or bool(glob.glob("/var/lib/apt/lists/*Packages*"))
+
+
+def held():
+    """Names of the packages that updates leave alone."""
+    if which("apt-mark"):
+        return sorted(output("apt-mark", "showhold").split())
+    lines = [line.strip() for line in read(VERSIONLOCK).splitlines()]
+    # dnf's list has name-epoch:version-release.arch, or name-version-release.arch.
+    return sorted(
+        re.sub(r"-[0-9]+:.*$|-[0-9][^-]*-[^-]*$", "", line) for line in lines if line and not line.startswith("#")
+    )
+
+
+def foreign_sources(pattern, own):
+    """Package sources that name an address C(pattern), except the file whose name has C(own) in it."""
+    found = []
+    for path in sorted(path for source in SOURCES for path in glob.glob(source)):
+        lines = re.findall(r"^\s*(?:deb\s|URIs:|baseurl\s*=|mirrorlist\s*=).*$", read(path), re.M)
+        if own not in os.path.basename(path) and any(re.search(pattern, line) for line in lines):
+            found.append(path)
+    return found
+
+
+def no_duplicates(pairs):
+    """A JSON object with a key twice is legal to the parser and a mistake to its author."""
+    keys = [key for key, _value in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise KeyError(", ".join(twice))
+    return dict(pairs)
+
+
+def daemon_json():
+    """{"options", "error"} of Docker's settings; error holds file, line and column of what cannot be read."""
+    result = {"options": {}, "error": ""}
+    try:
+        with open(DAEMON_JSON, encoding="utf-8", errors="replace") as handle:
+            text = handle.read()
+    except OSError:
+        text = ""
+        if os.path.lexists(DAEMON_JSON):
+            result["error"] = DAEMON_JSON + " is there but cannot be read as a file"
+    if not text.strip():  # dockerd, too, takes an empty file for no settings
+        return result
+    try:
+        options = json.loads(text, object_pairs_hook=no_duplicates)
+    except ValueError as error:
+        where = "line %d column %d" % (error.lineno, error.colno)
+        result["error"] = "%s %s is not valid JSON: %s" % (DAEMON_JSON, where, error.msg)
+        return result
+    except KeyError as error:
+        key = error.args[0].split(", ")[0]
+        lines = [number for number, line in enumerate(text.splitlines(), 1) if json.dumps(key) in line]
+        result["error"] = "%s line %d sets %s a second time" % (DAEMON_JSON, lines[-1] if lines else 1, key)
+        return result
+    if isinstance(options, dict):
+        result["options"] = options
+    else:
+        kind = type(options).__name__
+        result["error"] = "%s line 1 holds a %s where a JSON object {...} is expected" % (DAEMON_JSON, kind)
+    return result

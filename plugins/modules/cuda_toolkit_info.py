@@ -1,0 +1,102 @@
+#!/usr/bin/python
+# -*- coding: utf-8 -*-
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import absolute_import, division, print_function
+
+__metaclass__ = type
+
+DOCUMENTATION = r"""
+module: cuda_toolkit_info
+short_description: Which CUDA toolkits are on a host
+version_added: 0.1.0
+description:
+  - Toolkits whose nvcc answers, and where C(/usr/local/cuda) leads. Never changes anything.
+options:
+  files:
+    description: Files whose checksum is wanted.
+    type: list
+    elements: path
+    default: []
+author:
+  - baremetal.vllm maintainers (@baremetal-vllm)
+attributes:
+  check_mode:
+    description: Runs the same in check mode, as it only reads.
+    support: full
+  diff_mode:
+    description: There is nothing to compare.
+    support: none
+  platform:
+    description: Target platforms.
+    platforms: posix
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: Look at the toolkits
+  baremetal.vllm.cuda_toolkit_info:
+  register: cuda
+"""
+
+RETURN = r"""
+files:
+  description: SHA-256 of each of O(files), empty where it is missing.
+  returned: success
+  type: dict
+link:
+  description: Where C(/usr/local/cuda) leads, empty where it is no link.
+  returned: success
+  type: str
+toolkits:
+  description: Full version of the toolkit of each series.
+  returned: success
+  type: dict
+  sample: {"12.9": 12.9.1}
+"""
+
+import glob
+import json
+import os
+import re
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import read, run, sha256
+
+COMPILERS = "/usr/local/cuda-*/bin/nvcc"
+LINK = "/usr/local/cuda"
+
+
+def toolkits():
+    """{series: full version} of the folders whose nvcc answers."""
+    found = {}
+    for path in sorted(glob.glob(COMPILERS)):
+        status, text = run(path, "--version")
+        release = re.search(r"release (\d+\.\d+)", text)
+        folder = os.path.dirname(os.path.dirname(path))
+        if status == 0 and release and folder.endswith("-" + release.group(1)):
+            try:
+                full = json.loads(read(folder + "/version.json"))["cuda"]["version"]
+            except (ValueError, KeyError, TypeError):
+                full = release.group(1)
+            found[release.group(1)] = full
+    return found
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={"files": {"type": "list", "elements": "path", "default": []}},
+        supports_check_mode=True,
+    )
+    module.exit_json(
+        changed=False,
+        toolkits=toolkits(),
+        link=os.path.realpath(LINK) if os.path.islink(LINK) else "",
+        files={path: sha256(path) for path in module.params["files"]},
+    )
+
+
+if __name__ == "__main__":
+    main()

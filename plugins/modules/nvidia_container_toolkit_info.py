@@ -1,0 +1,189 @@
+#!/usr/bin/python
+# -*- coding: utf-8 -*-
+# SPDX-License-Identifier: GPL-3.0-or-later
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+
+from __future__ import absolute_import, division, print_function
+
+__metaclass__ = type
+
+DOCUMENTATION = r"""
+module: nvidia_container_toolkit_info
+short_description: What the role nvidia_container_toolkit has to know of GPUs in containers on a host, in one task
+version_added: 0.1.0
+description:
+  - GPUs and the driver, CDI specifications and the driver they were made for, packages, and Docker's part. Never changes anything.
+options:
+  packages:
+    description: Names of packages whose version is wanted.
+    type: list
+    elements: str
+    default: []
+  files:
+    description: Files whose checksum is wanted.
+    type: list
+    elements: path
+    default: []
+  note:
+    description: File that says what a container was last seen to work with.
+    type: path
+    required: true
+author:
+  - baremetal.vllm maintainers (@baremetal-vllm)
+attributes:
+  check_mode:
+    description: Runs the same in check mode, as it only reads.
+    support: full
+  diff_mode:
+    description: There is nothing to compare.
+    support: none
+  platform:
+    description: Target platforms.
+    platforms: posix
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: Look at the toolkit
+  baremetal.vllm.nvidia_container_toolkit_info:
+    packages: [nvidia-container-toolkit]
+    note: /var/lib/baremetal/nvidia_container_toolkit.accepted
+  register: toolkit
+"""
+
+RETURN = r"""
+accepted:
+  description: Content of O(note).
+  returned: success
+  type: str
+daemon_json:
+  description: C(runtimes) and C(features) of Docker's settings.
+  returned: success
+  type: dict
+docker:
+  description: Version of Docker Engine, empty without one.
+  returned: success
+  type: str
+driver:
+  description: Version of the loaded driver, empty without one.
+  returned: success
+  type: str
+files:
+  description: SHA-256 of each of O(files), empty where it is missing.
+  returned: success
+  type: dict
+foreign_sources:
+  description: Package sources of somebody else's making that name the toolkit's repository.
+  returned: success
+  type: list
+  elements: str
+gpus:
+  description: Number of NVIDIA's display controllers.
+  returned: success
+  type: int
+held:
+  description: Those of O(packages) that updates leave alone.
+  returned: success
+  type: list
+  elements: str
+packages:
+  description: Version of each of O(packages) that is installed.
+  returned: success
+  type: dict
+  sample: {nvidia-container-toolkit: 1.20.0-1}
+refresh:
+  description: Whether the toolkit's own unit keeps a specification up to date.
+  returned: success
+  type: bool
+specs:
+  description: Version of the driver that each CDI specification of NVIDIA's GPUs was made for.
+  returned: success
+  type: dict
+"""
+
+import glob
+import re
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import (
+    daemon_json,
+    foreign_sources,
+    held,
+    output,
+    packages,
+    read,
+    sha256,
+)
+
+PCI = "/sys/bus/pci/devices"
+DRIVER = "/proc/driver/nvidia/version"
+SPECS = ("/etc/cdi", "/var/run/cdi")
+OWN = "baremetal-nvidia-container-toolkit"
+
+
+def gpus():
+    """How many NVIDIA display controllers are on the bus."""
+    return sum(
+        read(path + "/vendor").strip() == "0x10de" and read(path + "/class").startswith("0x03")
+        for path in glob.glob(PCI + "/*")
+    )
+
+
+def driver():
+    """Version of the loaded driver, empty without one."""
+    found = re.search(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", read(DRIVER), re.M)
+    return found.group(1) if found else ""
+
+
+def spec_version(text):
+    """The driver that a CDI specification was made for: the version of the libcuda that it mounts."""
+    found = re.search(r"libcuda\.so\.(\d+\.\d+(?:\.\d+)?)", text)
+    return found.group(1) if found else ""
+
+
+def specs():
+    """{file: driver version} of the CDI specifications that name NVIDIA's GPUs."""
+    found = {}
+    for folder in SPECS:
+        for path in sorted(glob.glob(folder + "/*")):
+            text = read(path) if path.endswith((".yaml", ".json")) else ""
+            if re.search(r"""kind["']?:\s*["']?nvidia\.com/gpu["']?""", text):
+                found[path] = spec_version(text)
+    return found
+
+
+def look(asked):
+    docker = re.search(r"version ([0-9][0-9.]*)", output("dockerd", "--version"))
+    options = daemon_json()["options"]  # the role docker says where it is wrong
+    installed = packages()
+    return {
+        "gpus": gpus(),
+        "driver": driver(),
+        "specs": specs(),
+        "refresh": "enabled" in output("systemctl", "is-enabled", "nvidia-cdi-refresh.path"),
+        "packages": {name: installed[name] for name in asked["packages"] if name in installed},
+        "held": [name for name in held() if name in asked["packages"]],
+        # dnf has no quarrel with two of them.
+        "foreign_sources": [path for path in foreign_sources("/libnvidia-container", OWN) if "/apt/" in path],
+        "docker": docker.group(1) if docker else "",
+        "daemon_json": {key: options[key] for key in ("runtimes", "features") if isinstance(options.get(key), dict)},
+        "accepted": read(asked["note"]).strip(),
+        "files": {path: sha256(path) for path in asked["files"]},
+    }
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "packages": {"type": "list", "elements": "str", "default": []},
+            "files": {"type": "list", "elements": "path", "default": []},
+            "note": {"type": "path", "required": True},
+        },
+        supports_check_mode=True,
+    )
+    module.exit_json(changed=False, **look(module.params))
+
+
+if __name__ == "__main__":
+    main()

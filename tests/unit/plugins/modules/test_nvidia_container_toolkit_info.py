@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""nvidia_container_toolkit_info on the files of a host with a driver and CDI specifications."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ansible_collections.baremetal.vllm.plugins.modules import nvidia_container_toolkit_info as info
+
+
+def test_driver_and_specifications(
+    run_module: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (x@y)\n"
+    (tmp_path / "version").write_text(text)
+    (tmp_path / "cdi").mkdir()
+    (tmp_path / "cdi/nvidia.yaml").write_text("kind: nvidia.com/gpu\nhostPath: /usr/lib/libcuda.so.580.159.04\n")
+    (tmp_path / "cdi/old.json").write_text('{"kind": "nvidia.com/gpu", "hostPath": "/usr/lib/libcuda.so.550.144.03"}')
+    (tmp_path / "cdi/other.yaml").write_text("kind: vendor.com/net\n")
+    (tmp_path / "cdi/nvidia.yaml.former").write_text("kind: nvidia.com/gpu\n")
+    monkeypatch.setattr(info, "DRIVER", str(tmp_path / "version"))
+    monkeypatch.setattr(info, "SPECS", (str(tmp_path / "cdi"),))
+    monkeypatch.setattr(info, "PCI", str(tmp_path / "pci"))
+    monkeypatch.setattr(info, "packages", lambda: {"nvidia-container-toolkit": "1.20.0-1", "bash": "5"})
+    monkeypatch.setattr(info, "held", lambda: ["linux-image-amd64", "nvidia-container-toolkit"])
+    settings = {"runtimes": {"nvidia": {}}, "features": True, "debug": True}
+    monkeypatch.setattr(info, "daemon_json", lambda: {"options": settings, "error": ""})
+    result = run_module(info, packages=["nvidia-container-toolkit"], note=str(tmp_path / "note"))
+    assert (result["driver"], result["gpus"], result["accepted"]) == ("580.159.04", 0, "")
+    assert {Path(path).name: version for path, version in result["specs"].items()} == {
+        "nvidia.yaml": "580.159.04",
+        "old.json": "550.144.03",
+    }
+    assert result["packages"] == {"nvidia-container-toolkit": "1.20.0-1"}
+    assert result["held"] == ["nvidia-container-toolkit"]
+    assert result["daemon_json"] == {"runtimes": {"nvidia": {}}}
