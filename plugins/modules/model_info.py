@@ -117,7 +117,9 @@ models:
       type: list
       elements: dict
     config:
-      description: The C(config.json), empty when there is a problem.
+      description:
+        - The C(config.json), empty when there is a problem.
+        - Of a model for sentence-transformers, C(sentence_max_seq_length) is added, the context that vLLM gives it.
       type: dict
     model:
       description: The model as it was given.
@@ -167,6 +169,12 @@ FORMS = {
     "path": r"/",
 }
 BRANCH = {"huggingface": "main", "modelscope": "master"}
+# The first of these that a model has says how long its inputs may be, whatever config.json says.
+# Source: get_sentence_transformer_tokenizer_config in vLLM 0.25.1 (transformers_utils/config.py), as old as 0.7.2.
+SENTENCE_CONFIGS = [
+    "sentence_%s_config.json" % kind
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+]
 
 
 def weight_size(sizes):
@@ -188,12 +196,27 @@ def parse_config(data, where):
     return config
 
 
+def with_sentence_length(config, names, read):
+    """The configuration, with the length that a file of sentence-transformers gives. read(name) is its content."""
+    for name in SENTENCE_CONFIGS:
+        if name in names:
+            found = parse_config(read(name), name)
+            if "do_lower_case" in found and isinstance(found.get("max_seq_length"), int):
+                return dict(config, sentence_max_seq_length=found["max_seq_length"])
+            break
+    return config
+
+
 def from_folder(path):
+    def read(name):
+        with open(os.path.join(path, name), "rb") as handle:
+            return handle.read()
+
     where = os.path.join(path, "config.json")
     try:
-        with open(where, "rb") as handle:
-            config = parse_config(handle.read(), where)
+        config = parse_config(read("config.json"), where)
         sizes = dict((name, os.path.getsize(os.path.join(path, name))) for name in os.listdir(path))
+        config = with_sentence_length(config, sizes, read)
     except (IOError, OSError) as error:
         raise Problem(
             "no model in %s: %s (%s): give the folder that holds config.json and the weights"
@@ -265,8 +288,15 @@ def from_hub(params, model, known):
         if known and known["config"]:
             facts["config"] = known["config"]
         else:
-            where = hubs.file_url(dict(model, commit=commit), settings["endpoint"], "config.json")
-            facts["config"] = parse_config(hubs.Hub(model, settings).get(where)[0], where)
+
+            def address(name):
+                return hubs.file_url(dict(model, commit=commit), settings["endpoint"], name)
+
+            def read(name):
+                return hubs.Hub(model, settings).get(address(name))[0]
+
+            config = parse_config(read("config.json"), address("config.json"))
+            facts["config"] = with_sentence_length(config, [entry["path"] for entry in files], read)
     facts["weights_bytes"] = weight_size(dict((entry["path"], entry["size"]) for entry in files))
     facts["bytes"] = sum(entry["size"] for entry in files)
     if not facts["present"] and stamp is None:

@@ -416,6 +416,8 @@ def _rotary_positions(read: _Reader, text: Config) -> int:
 
 
 def _max_position(read: _Reader, text: Config, model_type: str) -> int:
+    if text.get("sentence_max_seq_length") is not None:  # added by the module model_info
+        return read.count("sentence_max_seq_length", high=1 << 30)
     limits = [
         read.count(name, high=1 << 30)
         for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")

@@ -479,3 +479,32 @@ def test_the_stand_in_serves_parts_of_a_file(hub: Hub) -> None:
     assert fetch("bytes=2990-") == (206, b"a" * 10, "bytes 2990-2999/3000")
     assert fetch("bytes=10-19") == (206, b"a" * 10, "bytes 10-19/3000")
     assert fetch("bytes=3000-")[::2] == (416, "bytes */3000")
+
+
+SENTENCE = {"max_seq_length": 256, "do_lower_case": False}
+
+
+@pytest.mark.parametrize(
+    ("files", "length"),
+    [
+        ({"sentence_bert_config.json": SENTENCE}, 256),
+        ({"sentence_xlm-roberta_config.json": {**SENTENCE, "max_seq_length": 8192}}, 8192),
+        ({"sentence_bert_config.json": {"max_seq_length": 256}}, None),  # vLLM wants both
+        ({"sentence_bert_config.json": {**SENTENCE, "max_seq_length": None}}, None),
+        ({}, None),
+    ],
+)
+def test_the_length_of_sentence_transformers(
+    read: Callable[..., Any], tmp_path: Path, files: dict[str, Any], length: int | None
+) -> None:
+    """vLLM refuses a longer max_model_len than this file says, whatever config.json says."""
+    folder = write(tmp_path / "repo", model_files() | {name: json.dumps(content) for name, content in files.items()})
+    with Hub() as hub:
+        hub.add(REPO, folder)
+        for facts in (read(str(folder)), read(endpoint=hub.url)):
+            assert facts["config"].get("sentence_max_seq_length") == length
+
+
+def test_a_length_that_cannot_be_read(read: Callable[..., Any], tmp_path: Path) -> None:
+    folder = write(tmp_path / "repo", model_files() | {"sentence_bert_config.json": "{"})
+    assert "sentence_bert_config.json is no JSON" in read(str(folder))["problem"]

@@ -307,3 +307,7 @@ def test_sizes_follow_the_rules(heads: int, repeat: int, inter: int, vocab: int)
             padded_vocab(vocab) % tp == 0,
         ]
         assert (tp in offered) == all(rules)
+
+
+def test_the_length_of_sentence_transformers_counts() -> None:
+    assert parse_config({**CONFIGS["bge-m3"], "sentence_max_seq_length": 512}).max_position == 512
