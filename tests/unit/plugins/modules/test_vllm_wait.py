@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from ansible_collections.baremetal.vllm.plugins.modules import vllm_wait
 from ansible_collections.baremetal.vllm.tests.fakes.openai_server import OpenAiServer
@@ -168,6 +169,33 @@ def test_the_log_that_is_kept_is_short(wait: Callable[..., Any], closed_port: st
 
 def test_check_mode_does_not_wait(wait: Callable[..., Any], closed_port: str) -> None:
     assert wait(closed_port, check=True)["skipped"] is True
+
+
+# What two workers said last before they hung, vllm-project/vllm#8058.
+NCCL = """(VllmWorkerProcess pid=1927518) INFO 08-31 09:50:45 multiproc_worker_utils.py:215] Worker ready; awaiting tasks
+DEBUG 08-31 09:50:46 parallel_state.py:845] world_size=2 rank=0 local_rank=0 distributed_init_method=tcp://127.0.0.1:39423 backend=nccl
+INFO 08-31 09:50:46 utils.py:975] Found nccl from library libnccl.so.2
+INFO 08-31 09:50:46 pynccl.py:63] vLLM is using nccl==2.20.5
+"""
+STAGES = yaml.safe_load((Path(__file__).parents[4] / "roles/vllm/vars/main.yml").read_text())["__vllm_stages"]
+
+
+def test_gpus_that_never_connect_are_given_up(wait: Callable[..., Any], closed_port: str, tmp_path: Path) -> None:
+    """Long before the limit, since the log stands still where NCCL is known to hang."""
+    (tmp_path / "pid").write_text("77\n")
+    (tmp_path / "log").write_text(NCCL)
+    message = wait(closed_port, timeout=3600, stages=STAGES)["msg"]
+    assert message.startswith("vLLM hangs while connecting the GPUs (NCCL): nothing new in its log for 42")
+    assert "set env NCCL_P2P_DISABLE to 1 and add --disable-custom-all-reduce" in message
+
+
+def test_weights_that_take_long_are_waited_for(
+    wait: Callable[..., Any], clock: Clock, closed_port: str, tmp_path: Path
+) -> None:
+    """A silent log is no hang elsewhere: a slow disk says nothing for long."""
+    (tmp_path / "pid").write_text("77\n")
+    (tmp_path / "log").write_text(NCCL + "INFO 08-31 09:50:50 model_runner.py:879] Starting to load model m...\n")
+    assert "does not answer" in wait(closed_port, timeout=3000, stages=STAGES)["msg"]
 
 
 MEMORY = (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ansible_collections.baremetal.vllm.plugins.modules.vllm_wait import explain, measured, stage_of
+from ansible_collections.baremetal.vllm.plugins.modules.vllm_wait import cause, explain, measured, stage_of
 
 ROOT = Path(__file__).parents[4]
 VARS = yaml.safe_load((ROOT / "roles/vllm/vars/main.yml").read_text())
@@ -42,6 +42,69 @@ VALUES = {
 )  # fmt: skip
 def test_why_it_failed(line: str, told: str) -> None:
     assert told in explain(f"INFO something\n{line}\nINFO more\n", VARS["__vllm_causes"], VALUES)
+
+
+@pytest.mark.parametrize(
+    ("source", "log", "cause_line", "told"),
+    [
+        (
+            "vllm-project/vllm#27508, one H100",
+            """(EngineCore_DP0 pid=8884) ERROR 10-31 15:15:48 [core.py:708] torch.OutOfMemoryError: CUDA out of memory. Tried to \
+allocate 786.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which 140.75 MiB is free. Process 3270336 has 78.96 GiB memory in use.
+(EngineCore_DP0 pid=8884) ERROR 10-31 15:15:48 [core.py:708]
+(EngineCore_DP0 pid=8884) ERROR 10-31 15:15:48 [core.py:708] The above exception was the direct cause of the following exception:
+(EngineCore_DP0 pid=8884) ERROR 10-31 15:15:48 [core.py:708] RuntimeError: CUDA out of memory occurred when warming up sampler \
+with 1024 dummy requests. Please try lowering `max_num_seqs` or `gpu_memory_utilization` when initializing the engine.
+(APIServer pid=8600) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}""",
+            "RuntimeError: CUDA out of memory occurred when warming up sampler",
+            "the GPU's memory ran out. Set gpu_memory_utilization of the service below 0.92, or halve max_num_seqs (now 256)",
+        ),
+        (
+            "vLLM 0.3.0 on V100s (inventories/v100-ray-3x2)",
+            "torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.25 GiB. GPU 0 has a total capacty of 15.77 GiB of "
+            "which 281.12 MiB is free.",
+            "torch.cuda.OutOfMemoryError: CUDA out of memory",
+            "the GPU's memory ran out",
+        ),
+        (
+            "the same",
+            "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when initializing the engine.",
+            "ValueError: No available memory for the cache blocks",
+            "weights and activations leave no memory for the KV cache",
+        ),
+        (
+            "vllm-project/vllm#5635, driver 530 and an image of CUDA 12.4",
+            """docker: Error response from daemon: failed to create task for container: failed to create shim task: OCI runtime create \
+failed: runc create failed: unable to start container process: error during container init: error running hook #0: error running \
+hook: exit status 1, stdout: , stderr: Auto-detected mode as 'legacy'
+nvidia-container-cli: requirement error: unsatisfied condition: cuda>=12.4, please update your driver to a newer version, or use an \
+earlier cuda container: unknown.""",
+            "nvidia-container-cli: requirement error: unsatisfied condition: cuda>=12.4",
+            "the NVIDIA driver is too old for the CUDA of vLLM 0.25.1. Upgrade the driver",
+        ),
+        (
+            "modelscope/FunASR#2973, PyTorch for CUDA 13.0 on driver 570",
+            "RuntimeError: The NVIDIA driver on your system is too old (found version 12080). Please update your GPU driver by "
+            "downloading and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx",
+            "RuntimeError: The NVIDIA driver on your system is too old (found version 12080)",
+            "the NVIDIA driver is too old for the CUDA of vLLM 0.25.1",
+        ),
+        (
+            "vllm-project/vllm#6732",
+            """(VllmWorkerProcess pid=411) ERROR 08-19 19:00:55 multiproc_worker_utils.py:226]     raise RuntimeError(f"NCCL error: \
+{error_str}")
+(VllmWorkerProcess pid=411) ERROR 08-19 19:00:55 multiproc_worker_utils.py:226] RuntimeError: NCCL error: unhandled cuda error (run \
+with NCCL_DEBUG=INFO for details)""",
+            "RuntimeError: NCCL error: unhandled cuda error",
+            "the GPUs cannot talk to each other. Set env NCCL_P2P_DISABLE to 1",
+        ),
+    ],
+)  # fmt: skip
+def test_what_others_have_seen(source: str, log: str, cause_line: str, told: str) -> None:
+    """Lines of logs that are public: what only a GPU can show. Continued lines are one."""
+    log = log.replace("\\\n", "")
+    assert cause(log).startswith(cause_line), source
+    assert told in explain(log, VARS["__vllm_causes"], VALUES), source
 
 
 def test_every_row_can_be_told() -> None:
