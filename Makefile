@@ -4,7 +4,7 @@ MODEL ?=
 PORT ?=
 quickstart_vars := $(if $(MODEL),-e quickstart_model='$(MODEL)') $(if $(PORT),-e quickstart_port='$(PORT)')
 
-.PHONY: help quickstart quickstart-down test lint unit quality integration molecule soak docker-here test-vm test-dkms
+.PHONY: help quickstart quickstart-down test lint unit quality integration molecule soak docker-here test-vm test-dkms test-serving
 
 help: ## List the targets
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /  make \1\t/' | expand -t 44
@@ -40,6 +40,10 @@ test-vm: ## A real kernel in QEMU: nouveau, initramfs, DKMS, reboots (as root, w
 test-dkms: ## NVIDIA's own source built by the driver's role (Debian non-free; 5 to 10 minutes)
 	@scripts/controller.sh requirements-dev.txt
 	@molecule/run.sh nvidia_source
+
+test-serving: ## Real vLLM in containers, real parsers of five releases, Dify (as root; about an hour on two cores)
+	@scripts/controller.sh requirements-dev.txt
+	@.venv/bin/pytest -v tests/serving
 
 docker-here: ## Install and start Docker Engine on this machine through the role docker
 	@scripts/controller.sh requirements-dev.txt

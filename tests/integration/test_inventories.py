@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The inventories of real deployments through Ansible itself: variables, roles' arguments, plan and preflight."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support import ROOT, run
+
+NAMES = sorted(
+    path.parent.name for path in ROOT.glob("inventories/*/hosts.yml") if "plan_host_gpus" in path.read_text()
+)
+
+
+def play(name: str, *arguments: str) -> tuple[int, str]:
+    here = [
+        "-e",
+        "ansible_connection=local",
+        "-e",
+        "ansible_become=false",
+        "-e",
+        "ansible_python_interpreter=/usr/bin/python3",
+    ]
+    command = [
+        ROOT / ".venv/bin/ansible-playbook",
+        "tests/integration/inventory_roles.yml",
+        "-i",
+        ROOT / "inventories" / name,
+    ]
+    done = run(
+        [*command, *here, *arguments], ROOT, ANSIBLE_COLLECTIONS_PATH=str(ROOT / "collections"), ANSIBLE_NOCOLOR="1"
+    )
+    return done.returncode, done.stdout
+
+
+def hosts(name: str) -> str:
+    command = [ROOT / ".venv/bin/ansible", "all", "-i", ROOT / "inventories" / name, "--list-hosts"]
+    return json.dumps(run(command, ROOT).stdout.split()[2:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_roles_take_it(name: str, tmp_path: Path) -> None:
+    code, output = play(name, "-e", f"seen={tmp_path}")
+    assert code == 0, output[-4000:]
+    for path in tmp_path.glob("*.json"):
+        seen = json.loads(path.read_text())
+        assert seen["plan"]["fits"] and seen["plan"]["problems"] == []
+        assert seen["plan"]["services"] and all(row["runtime"] == "container" for row in seen["plan"]["services"])
+        # What it finds is about this machine; a broken role would fail in other words.
+        assert seen["reason"] in ("", "\n".join(seen["problems"])), seen
+    assert len(list(tmp_path.glob("*.json"))) == len(json.loads(hosts(name)))
+
+
+def test_a_value_that_a_role_does_not_take_is_refused() -> None:
+    code, output = play(NAMES[0], "-e", "vllm_runtime=docker")
+    assert code != 0
+    assert "value of vllm_runtime must be one of: container, venv, got: docker" in " ".join(output.split())
