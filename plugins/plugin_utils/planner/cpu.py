@@ -130,6 +130,7 @@ def place_on_cpu(task: Task, layout: Layout, port: int) -> list[dict[str, Any]]:
             "reason": f"{total:.2f} of {least:.2f} GiB of memory that are available",
             "outside_gib": 0.0,
             "footprint_gib": round(total, 3),
+            "held_gib": 0.0,
         },
     }
     groups = [chosen] if spans else [[host] for host in chosen]

@@ -62,6 +62,10 @@ class Place:
     def free(self) -> float:
         return self.total - self.used - sum(size for _, size in self.claims)
 
+    def claimed_beside(self, instance: Instance) -> float:
+        """GiB that others than an instance claim."""
+        return sum(size for claimant, size in self.claims if claimant is not instance)
+
     @property
     def idle(self) -> bool:
         return not self.claims
@@ -91,6 +95,7 @@ class Need:
     Attributes:
         utilization: the lowest that holds the context and concurrency asked for.
         footprint: what each GPU then holds, outside parts included.
+        held: what the allocator holds on top, which counts where another service has the same GPU.
         room: what has to be free for it: more than the footprint where the utilization is the plan's own choice.
         visible: memory of the GPU that CUDA can use; a utilization is a share of it.
     """
@@ -105,6 +110,7 @@ class Need:
     eager: bool
     utilization: float
     footprint: float
+    held: float
     room: float
     visible: float
 
@@ -132,7 +138,12 @@ class Instance:
 
     def claim(self, places: Iterable[Place]) -> None:
         for place in places:
-            place.claims.append((self, self.need.footprint))
+            place.claims.append((self, self.need.footprint + self.need.held))
+
+    def settle(self, size_gib: float) -> None:
+        """Makes its claims what it takes in the end."""
+        for place in self.places:
+            place.claims = [(claimant, size_gib if claimant is self else size) for claimant, size in place.claims]
 
     def release(self) -> None:
         for place in self.places:
@@ -327,6 +338,7 @@ def make_need(
         eager=eager,
         utilization=utilization,
         footprint=memory.footprint_gib,
+        held=memory.held_gib,
         room=room,
         visible=visible,
     )
@@ -427,7 +439,7 @@ LINKS = {"none": 0, "nvlink": 0, "p2p": 1, "pcie": 2}
 
 def _pick(places: Sequence[Place], count: int, need: Need) -> list[Place] | None:
     """The best ``count`` of these equal GPUs with room for the need, or None."""
-    able = [place for place in places if place.free >= need.room]
+    able = [place for place in places if place.free >= need.room + (0.0 if place.idle else need.held)]
     if len(able) < count or (count > 1 and able[0].gpu.mig):
         return None
     if count == 1:

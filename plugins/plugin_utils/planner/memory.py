@@ -37,10 +37,17 @@ BLOCK = 16  # tokens of a KV block
 # (systems/*.yaml, 0.33 to 0.38), context from vllm-project/vllm#14447 and from a V100 out-of-memory message that shows
 # 0.45 with TP 2 (0.28 context, 0.17 NCCL).
 OUTSIDE = {"hopper": {"alone": 0.515, "tp": 1.53, "pp": 1.43}, "other": {"alone": 0.40, "tp": 0.75, "pp": 0.75}}
+OUTSIDE_EXPERTS = 0.47  # more for TP of a mixture of experts
 INSIDE = {"alone": 0.225, "tp": 0.54, "pp": 0.065}
 # Free memory that an engine needs beside its request after profiling (fragments, kernels loaded later): 0.045 GiB were
 # not enough for a 1B model on an H200.
 LATE = 0.1
+# What the allocator comes to hold beside its request once the engine serves: GiB of fragments, and copies of the logits in
+# float32, one row for each request, of the warm-up that samples with every feature. Profiling leaves these out. An engine
+# alone on its GPU gives them back where memory is short; another engine on the same GPU never sees them.
+# Source: `in_use_at_end` of the H200 rows in tests/benchmarks/truth, none of which holds over 0.1 GiB more.
+HELD = 0.15
+HELD_LOGITS = {"v1": 2.5, "v2": 4.0, "v2 tp": 5.2}
 INSIDE_GRAPHS = 0.01  # more kernels are loaded while graphs are profiled
 # V0 counts NCCL, and up to 0.6.2 the context too. On Hopper: vllm-project/vllm#10511; elsewhere #14447, #15598, V100.
 V0_INSIDE = {"hopper": {"alone": 1.79, "tp": 3.58}, "other": {"alone": 0.20, "tp": 0.45}}
@@ -77,7 +84,8 @@ class MemoryPlan:
         fits: the engine starts.
         reason: one sentence: why it fits or what is missing, with the arithmetic.
         outside_gib: CUDA context and NCCL, outside the request, on the same GPU.
-        footprint_gib: the most that the GPU holds once the engine serves (request, outside, uncounted graphs).
+        footprint_gib: the most that the engine needs of the GPU (request, outside, uncounted graphs).
+        held_gib: what its allocator comes to hold on top, and gives back only to itself.
         kv_needed_gib: KV cache that one request of max_model_len tokens needs.
         largest_max_model_len: the longest context that this KV cache holds (0 when none; capped at the config's).
         stage: pipeline stage that decides.
@@ -95,6 +103,7 @@ class MemoryPlan:
     reason: str
     outside_gib: float
     footprint_gib: float
+    held_gib: float
     cuda_graph_counted_gib: float
     kv_needed_gib: float
     largest_max_model_len: int
@@ -525,6 +534,14 @@ def _sampler(shape: ModelShape, facts: _Engine, stage: _Stage, rows: int, batche
     return rows * vocab * (element + 12) + programs * vocab * 4 + states + MIB
 
 
+def _held(shape: ModelShape, facts: _Engine, stage: _Stage, rows: int, tp: int) -> float:
+    """GiB that the allocator holds beside the request once the engine serves."""
+    if facts.v0 or shape.kind != "generate":
+        return 0.0
+    version = "v1" if not facts.runner_v2 else "v2 tp" if tp > 1 else "v2"
+    return HELD + (HELD_LOGITS[version] * rows * shape.vocab_size * 4 / GIB if stage.last else 0.0)
+
+
 # Streaming multiprocessors, by compute capability: only the height of a small buffer depends on them.
 _SMS = {(7, 0): 80, (7, 5): 40, (8, 0): 108, (8, 6): 72, (8, 9): 58, (9, 0): 132}
 
@@ -691,7 +708,7 @@ def engine_memory(
         if facts.counts_all:  # the whole GPU counts: context, and whatever others hold
             inside, outside = inside + used_mib / 1024 + (V0_CONTEXT if world == "alone" else 0.0), 0.0
     else:
-        outside = OUTSIDE[facts.family][world]
+        outside = OUTSIDE[facts.family][world] + (OUTSIDE_EXPERTS if shape.experts and tp > 1 else 0.0)
         inside = INSIDE[world] + fused + (0.0 if enforce_eager or facts.runner_v2 else INSIDE_GRAPHS)
 
     free = total - used_mib * MIB - outside * GIB
@@ -715,7 +732,7 @@ def engine_memory(
     return _verdict(
         shape, facts, stage, number=number, requested=requested, free=free, available=available, peak=peak,
         steady=steady, graphs=graphs, counted=counted, inside=inside, outside=outside, length=length, batched=batched,
-        utilization=utilization, total=total,
+        utilization=utilization, total=total, held=_held(shape, facts, stage, min(seqs, batched), tp),
     )  # fmt: skip
 
 
@@ -724,7 +741,7 @@ def _refusal(requested: int, problems: list[str]) -> MemoryPlan:
     return MemoryPlan(
         requested_gib=requested / GIB, weights_gib=nothing, activation_gib=nothing, non_torch_gib=nothing,
         cuda_graph_gib=nothing, kv_cache_gib=nothing, kv_cache_tokens=0, max_concurrency=nothing, fits=False,
-        reason="; ".join(problems), outside_gib=nothing, footprint_gib=nothing, cuda_graph_counted_gib=nothing,
+        reason="; ".join(problems), outside_gib=nothing, footprint_gib=nothing, held_gib=nothing, cuda_graph_counted_gib=nothing,
         kv_needed_gib=nothing, largest_max_model_len=0,
     )  # fmt: skip
 
@@ -750,7 +767,7 @@ def _longest(stage: _Stage, blocks: int, batched: int, limit: int) -> int:
 def _verdict(
     shape: ModelShape, facts: _Engine, stage: _Stage, *, number: int, requested: float, free: float, available: float,
     peak: int, steady: int, graphs: float, counted: float, inside: float, outside: float, length: int, batched: int,
-    utilization: float, total: float,
+    utilization: float, total: float, held: float,
 ) -> MemoryPlan:  # fmt: skip
     needs_cache = bool(stage.groups)
     blocks = max(0, int(available // stage.block_bytes)) if needs_cache else 0
@@ -822,6 +839,7 @@ def _verdict(
         reason=reason,
         outside_gib=outside,
         footprint_gib=footprint / g + outside,
+        held_gib=held,
         cuda_graph_counted_gib=counted,
         kv_needed_gib=need * stage.block_bytes / g,
         largest_max_model_len=longest,

@@ -44,10 +44,10 @@ def make_plan(services: object, hosts: object) -> dict[str, Any]:
             task.problems += refuse(task, layout)
         _check(task)
     layout.grow()
-    pools = {id(instance): task.service.pools for task in layout.tasks for instance in task.instances}
+    servers = _settle_all(layout, ports)
     rows = []
     for task in layout.tasks:
-        settled = [settle(task, instance, pools, ports[task.service.name]) for instance in task.instances]
+        settled = [servers[id(instance)] for instance in task.instances]
         _check_sharing(task, layout)
         if task.order in on_cpu:
             settled = on_cpu[task.order]
@@ -75,6 +75,18 @@ def _place(ports: Mapping[str, int], layout: Layout) -> tuple[Layout, dict[int, 
         elif result := place_on_cpu(task, layout, ports[task.service.name]):
             on_cpu[task.order] = result
     return layout, on_cpu
+
+
+def _settle_all(layout: Layout, ports: Mapping[str, int]) -> dict[int, dict[str, Any]]:
+    """What each server is started with, by the id of its instance."""
+    unsettled = {id(instance) for task in layout.tasks for instance in task.instances}
+    found = {}
+    # What cannot grow comes first, so that the others divide what it leaves.
+    for task in sorted(layout.tasks, key=lambda task: task.service.utilization is None and not task.service.pools):
+        for instance in task.instances:
+            found[id(instance)] = settle(task, instance, unsettled, ports[task.service.name])
+            unsettled.remove(id(instance))
+    return found
 
 
 def _is_last_resort(task: Task) -> bool:
@@ -185,6 +197,7 @@ def _gpu_rows(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> list[dict[st
             parts = []
             for instance, _ in place.claims:
                 name, memory = memories[id(instance)]
+                held = memory["held_gib"] if len(place.claims) > 1 else 0.0
                 parts.append(
                     {
                         "service": name,
@@ -194,7 +207,8 @@ def _gpu_rows(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> list[dict[st
                         "cuda_graph_gib": memory["cuda_graph_gib"],
                         "kv_cache_gib": memory["kv_cache_gib"],
                         "outside_gib": memory["outside_gib"],
-                        "total_gib": memory["footprint_gib"],
+                        "held_gib": held,
+                        "total_gib": round(memory["footprint_gib"] + held, 3),
                     }
                 )
             taken = sum(part["total_gib"] for part in parts)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from . import engine as engines
@@ -29,43 +29,48 @@ from .service import PLANNED_FLAGS, Service
 from .tables import load
 
 
-def _utilization(task: Task, instance: Instance, pools: Mapping[int, bool]) -> float:
-    """The need, and an equal part of what stays free on each of its GPUs, up to the engine's own default."""
-    need, service = instance.need, task.service
-    if service.utilization is not None or service.pools:
-        return need.utilization
-    extra = math.inf
-    for place in instance.places:
-        sharers = sum(not pools[id(claimant)] for claimant, _ in place.claims)
-        extra = min(extra, (place.free - SLACK * place.total) / sharers / need.visible)
-    wanted = min(need.engine.gpu_memory_utilization, need.utilization + extra)
-    return max(need.utilization, math.floor(wanted * 1000) / 1000)
-
-
 class _Server:
-    """Memory of one server at its final utilization, for the batches and contexts that are tried."""
+    """Memory of one server, for the batches and contexts that are tried.
 
-    def __init__(self, service: Service, instance: Instance, utilization: float) -> None:
-        self.service, self.need, self.utilization = service, instance.need, utilization
+    ``limit`` is what it may take of each of its GPUs: its claim, and an equal part of what is free with those that are
+    ``unsettled``.
+    """
+
+    def __init__(self, service: Service, instance: Instance, unsettled: Collection[int]) -> None:
+        self.service, self.need = service, instance.need
         self.shape, self.gpu = instance.shape, instance.places[0].gpu
-        others = [
-            place.used + sum(size for claimant, size in place.claims if claimant is not instance)
-            for place in instance.places
-        ]
-        self.used = max(others)
+        self.shares = any(len(place.claims) > 1 for place in instance.places)
+        self.used = max(place.used + place.claimed_beside(instance) for place in instance.places)
         slack = SLACK * self.need.visible if service.utilization is None else 0.0
-        self.limit = instance.places[0].total - self.used - slack
+        self.limit = min(
+            (place.total - place.used - place.claimed_beside(instance))
+            - place.free
+            + (place.free - slack) / sum(id(claimant) in unsettled for claimant, _ in place.claims)
+            for place in instance.places
+        )
         # Where prompts are not split, the batch must hold a whole one.
         unsplit = self.need.engine.core(self.gpu.capability) == "V0" or service.pools
         self.unsplit = unsplit and service.max_num_batched_tokens is None
-        self.tokens, self.seqs = next(
-            (
-                batch
-                for batch in batches(service, self.gpu, self.need.engine, self.need.max_model_len)
-                if self.holds(self.need.max_model_len, *batch)
-            ),
-            (self.need.tokens, self.need.seqs),
-        )
+        for tokens, seqs in batches(service, self.gpu, self.need.engine, self.need.max_model_len):
+            self.utilization = self._utilization(tokens, seqs)
+            self.tokens, self.seqs = tokens, seqs
+            if self.holds(self.need.max_model_len, tokens, seqs):
+                return
+        self.tokens, self.seqs, self.utilization = self.need.tokens, self.need.seqs, self.need.utilization
+
+    def _utilization(self, tokens: int, seqs: int) -> float:
+        """What was asked for; else the highest within the limit, up to the engine's own default."""
+        need = self.need
+        self.utilization = need.utilization
+        if self.service.utilization is not None or self.service.pools:
+            return need.utilization
+        memory = self.memory(need.max_model_len, tokens, seqs)
+        highest = need.utilization + (self.limit - self._takes(memory)) / need.visible
+        return max(need.utilization, math.floor(min(need.engine.gpu_memory_utilization, highest) * 1000) / 1000)
+
+    def _takes(self, memory: MemoryPlan) -> float:
+        """GiB of each GPU. What the allocator holds counts where another service would have to do without."""
+        return memory.footprint_gib + (memory.held_gib if self.shares else 0.0)
 
     def memory(self, length: int, tokens: int, seqs: int) -> MemoryPlan:
         arguments = memory_arguments(
@@ -82,7 +87,7 @@ class _Server:
     def holds(self, length: int, tokens: int, seqs: int) -> bool:
         memory = self.memory(length, tokens, seqs)
         enough = self.service.pools or memory.max_concurrency + 1e-6 >= self.service.min_concurrency
-        return memory.fits and enough and memory.footprint_gib <= self.limit + 1e-6
+        return memory.fits and enough and self._takes(memory) <= self.limit + 1e-6
 
     def tokens_for(self, length: int) -> int:
         """max_num_batched_tokens for a context."""
@@ -194,15 +199,19 @@ def extra_arguments(task: Task, version: str) -> list[str]:
     return [*extra, *service.extra_args]
 
 
-def settle(task: Task, instance: Instance, pools: Mapping[int, bool], port: int) -> dict[str, Any]:
-    """The final numbers and the command line of one server."""
+def settle(task: Task, instance: Instance, unsettled: Collection[int], port: int) -> dict[str, Any]:
+    """The final numbers and the command line of one server, whose claim becomes what it takes.
+
+    Args:
+        unsettled: ids of the instances, this one among them, that are not settled.
+    """
     service, need = task.service, instance.need
     gpu = instance.places[0].gpu
-    utilization = _utilization(task, instance, pools)
-    server = _Server(service, instance, utilization)
+    server = _Server(service, instance, unsettled)
     length = service.max_model_len or server.longest()
     tokens = server.tokens_for(length)
     memory = server.memory(length, tokens, server.seqs)
+    instance.settle(memory.footprint_gib + memory.held_gib)
     if not memory.fits:
         task.problems.append(f"{instance.places[0].label}: {memory.reason}")
     by_host = [(host, [place.gpu for place in instance.places if place.host is host]) for host in instance.hosts]
@@ -218,7 +227,7 @@ def settle(task: Task, instance: Instance, pools: Mapping[int, bool], port: int)
         "pipeline_parallel_size": instance.shape.pp,
         "data_parallel_size": instance.shape.dp,
         "enable_expert_parallel": spreads_experts(service, instance.shape),
-        "gpu_memory_utilization": utilization,
+        "gpu_memory_utilization": server.utilization,
         "enforce_eager": need.eager,
         "executor": _executor(task, instance),
         "link": max(links, key=lambda name: LINKS[name]),
@@ -245,6 +254,7 @@ def settle(task: Task, instance: Instance, pools: Mapping[int, bool], port: int)
             **memory.as_dict(),
             "outside_gib": round(memory.outside_gib, 3),
             "footprint_gib": round(memory.footprint_gib, 3),
+            "held_gib": round(memory.held_gib, 3),
         },
     }
     if len(by_host) > 1 and settings["executor"] == "mp":

@@ -63,7 +63,7 @@ A10 = next(path for path in INVENTORIES if path.name.endswith("4xa10"))
 def test_what_does_not_hold_any_more_is_planned_anew() -> None:
     services, hosts = deployment(A10)
     first = plan_running(services, hosts)
-    again = plan_running(services, busier(hosts, 320), records(first))
+    again = plan_running(services, busier(hosts, 540), records(first))
     assert again["fits"] and not any(row["kept"] for row in again["services"])
     assert run_with(again) != run_with(first)
 
