@@ -44,7 +44,8 @@ class ActionModule(ActionBase):
         if arguments.get("state") != "finished":
             return result
         interval = max(1, int(arguments.get("interval", 10)))
-        name = f"{task_vars.get('inventory_hostname', '')} {arguments['model']['model']}".strip()
+        host = "controller" if self._task.delegate_to else task_vars.get("inventory_hostname", "")
+        name = f"{host} {arguments['model']['model']}".strip()
         started = shown = time.monotonic()
         seen: list[tuple[float, int]] = []
         while result.get("progress", {}).get("state") in ("starting", "fetching", "verifying", "placing"):

@@ -12,7 +12,7 @@ description:
     all have it after little more than the time for one. The first takes it from the hub, or from hosts that have it
     already; with several of those there are several lines.
   - Each host knows all that stand before it, the nearest first, and goes on to the next when one fails.
-positional: share, verify
+positional: share, verify, controller
 options:
   _input:
     description:
@@ -29,6 +29,9 @@ options:
     description: Whether hosts that have a model take part to look at it.
     type: bool
     default: false
+  controller:
+    description: What the options of a host are, for the controller. It fetches what no host has, and stands first in the line.
+    type: dict
 author:
   - baremetal.vllm maintainers (@baremetal-vllm)
 """
@@ -75,13 +78,22 @@ def _routes(hosts: list[dict[str, Any]], number: int, share: bool) -> dict[str, 
     return routes
 
 
-def model_transfers(hosts: list[dict[str, Any]], share: bool = True, verify: bool = False) -> list[dict[str, Any]]:
+def model_transfers(
+    hosts: list[dict[str, Any]], share: bool = True, verify: bool = False, controller: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
     found: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
-    for host in hosts:
+    for host in [controller, *hosts] if controller else hosts:
         for model in host["models"]:
             if model["commit"] and not model["problem"]:
                 key = (model["model"], model["source"], model["revision"], model["commit"])
                 found.setdefault(key, {})[host["name"]] = {**host, "model": model}
+    if controller:
+        for key, there in list(found.items()):
+            others = [host["model"] for name, host in there.items() if name != controller["name"]]
+            if not others:
+                del found[key]
+            elif any(model["present"] for model in others):
+                there.pop(controller["name"], None)
     transfers: list[dict[str, Any]] = []
     for wanted in sorted(found):
         there = found[wanted]

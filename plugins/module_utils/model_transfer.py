@@ -153,7 +153,19 @@ class Status(object):
             text = json.dumps(dict(self.facts, updated=time.time()))
         try:
             model_store.write_atomically(self.path, text)
-        except OSError:  # a full disk must not keep the work from saying so elsewhere
+        except OSError:
+            self._write_in_place(text.encode("utf-8"))
+
+    def _write_in_place(self, data):
+        """On a full disk, the block that the last text has takes this one, too: somebody waits to be told what is wrong."""
+        try:
+            handle = os.open(self.path, os.O_WRONLY)
+            try:
+                os.pwrite(handle, data, 0)
+                os.ftruncate(handle, len(data))
+            finally:
+                os.close(handle)
+        except OSError:
             pass
 
     def keep(self):

@@ -14,7 +14,8 @@ pair); so has the hub. The limit is the size divided by the bandwidth. What Ansi
     tree      one host fetches, then rsync (its daemon, nothing encrypted) doubles the hosts that have it in each round
     torrent   aria2 on every host, local peer discovery, the hub as web seed of the first host
 
-Root, Docker Engine and an image with python3, iproute2, rsync and aria2 are needed: --image.
+Root and Docker Engine are needed, and for tree and torrent an image with rsync and aria2 (--image); for the others that of the
+molecule scenarios does. The load of the machine is given with each figure: what is meant to be measured is links.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -246,7 +248,7 @@ def torrent(site: Site, hosts: list[str], model: Any, folder: Path) -> None:
 def measure(way: str, site: Site, hosts: list[str], model: Any, folder: Path) -> dict[str, Any]:
     site.clean()
     size = sum(entry["size"] for entry in model["files"])
-    before, started = site.sent(site.hub), time.monotonic()
+    load, before, started = os.getloadavg()[0], site.sent(site.hub), time.monotonic()
     if way == "tree":
         tree(site, hosts, model)
     elif way == "torrent":
@@ -262,10 +264,12 @@ def measure(way: str, site: Site, hosts: list[str], model: Any, folder: Path) ->
         "limit_s": round(limit, 1),
         "ratio": round(elapsed / limit, 2),
         "hub_models": round((site.sent(site.hub) - before) / size, 2),
+        "mib": round(size / 2**20),
+        "load": [round(load, 1), round(os.getloadavg()[0], 1)],
     }
     print(
         f"{way:8} {len(hosts):3} hosts {elapsed:7.1f} s = {result['ratio']:5.2f} x the limit of {limit:.1f} s, "
-        f"the hub sent {result['hub_models']:.2f} x the model",
+        f"the hub sent {result['hub_models']:.2f} x the model, load {load:.1f} to {result['load'][1]:.1f}",
         flush=True,
     )
     return result
@@ -319,7 +323,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image", default="baremetal-test/model-bench")
+    parser.add_argument("--image", help="default: debian12 of molecule/images")
     parser.add_argument("--ways", default="line")
     parser.add_argument("--hosts", default="1,2,4,8,16")
     parser.add_argument("--mbit", type=float, default=100)
@@ -344,7 +348,8 @@ def main() -> None:
             part = random.Random(number).randbytes(arguments.mib * 1024 * 1024 // FILES)
             (folder / f"model-{number + 1:05}-of-{FILES:05}.safetensors").write_bytes(part)
         folder.chmod(0o755)
-        site = Site(arguments.image, max(counts), arguments.mbit, folder)
+        image = arguments.image or call(str(ROOT / "molecule/images/build.sh"), "debian12").splitlines()[-1]
+        site = Site(image, max(counts), arguments.mbit, folder)
         try:
             model = model_jobs.read_model(REPO, site.url)
             for way in arguments.ways.split(","):

@@ -152,6 +152,34 @@ def test_one_fetch_for_a_site_and_for_who_joins_it(site: Site) -> None:
     assert site.hub.sent_bytes == sent
 
 
+def test_the_controller_fetches(site: Site) -> None:
+    """Hosts ask no hub at all; the controller keeps what it has for those that come later."""
+    own = {
+        "model_controller": True,
+        "model_controller_port": 28770,
+        "model_controller_root": str(site.folder / "controller"),
+    }
+    assert changed(site.play("a b", arguments=("--check",), **own)) == {"a": 4, "b": 2}
+    assert not (site.folder / "controller").exists()
+    asked = len(site.hub.requests)
+    site.hub.link = Link(2_000_000)
+    output = site.play("a b", **own)
+    assert re.search(r"^controller owner/tiny: 0\.01 GiB from the hub in \d+ s$", output, re.M), output
+    assert len(re.findall(r"^[ab] owner/tiny: 0\.01 GiB from neighbours in \d+ s$", output, re.M)) == 2
+    same(site, "a")
+    same(site, "b")
+    size = 12_000_000 + 40
+    assert size <= site.hub.sent_bytes < size * 1.01, "the hub has sent the model once"
+    assert sum("/api/models/" in path for _, path, _ in site.hub.requests[asked:]) == 2, "one for each service"
+    asked = len(site.hub.requests)
+    assert changed(site.play("a b", **own)) == {"a": 0, "b": 0}
+    shutil.rmtree(site.root("a"))
+    shutil.rmtree(site.root("b"))
+    site.play("a b", **own)
+    same(site, "b")
+    assert len(site.hub.requests) == asked, "from what the controller has kept"
+
+
 def test_check_mode_on_an_empty_host(site: Site) -> None:
     assert changed(site.play("a", arguments=("--check", "--diff"))) == {"a": 2}
     assert not site.root("a").exists()

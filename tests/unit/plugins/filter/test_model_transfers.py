@@ -85,6 +85,17 @@ def test_without_sharing_each_asks_the_hub() -> None:
     assert transfer["shared"] is False
 
 
+def test_the_controller_stands_first_for_what_no_host_has() -> None:
+    controller = {"name": "the controller", "address": "10.9.9.9", "port": 7, "models": [info()]}
+    (transfer,) = model_transfers(hosts(False, False), controller=controller)
+    assert upstreams(transfer) == {"the controller": [], "h0": ["10.9.9.9"], "h1": ["10.0.0.0", "10.9.9.9"]}
+    (transfer,) = model_transfers(hosts(True, False), controller=controller)
+    assert upstreams(transfer) == {"h0": [], "h1": ["10.0.0.0"]}
+    assert model_transfers(hosts(True, True), controller=controller) == []
+    controller["models"] = [info(model="no/body")]
+    assert set(upstreams(model_transfers(hosts(False), controller=controller)[0])) == {"h0"}
+
+
 def test_all_there_is_nothing_to_do_unless_it_is_to_be_verified() -> None:
     assert model_transfers(hosts(True, True)) == []
     (transfer,) = model_transfers(hosts(True, True), verify=True)

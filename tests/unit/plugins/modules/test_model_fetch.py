@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,13 +39,14 @@ def call(hub: Hub, tmp_path: Path, run_module: Callable[..., Any]) -> Callable[.
 
     def call(state: str, **params: Any) -> Any:
         settings = {
+            "model": model,
             "root": str(tmp_path / "models"),
             "endpoint": hub.url,
             "token": TOKEN,
             "reserve_mib": 1,
             "timeout": 3,
         }
-        return run_module(model_fetch, state=state, model=model, **{**settings, **params})
+        return run_module(model_fetch, state=state, **{**settings, **params})
 
     return call
 
@@ -148,3 +150,60 @@ def test_a_target_that_cannot_be_written(call: Callable[..., Any], tmp_path: Pat
     result = call("started", root=str(tmp_path / "file/models"))
     assert result["failed"]
     assert str(tmp_path / "file/models") in result["msg"]
+
+
+# ---- real disks ----
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 5 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(disk)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"NOT TESTED on a small disk: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_disk_that_somebody_fills_meanwhile(
+    call: Callable[..., Any], hub: Hub, tmp_path: Path, small_disk: Path, share: bool
+) -> None:
+    """Both ways of bytes: from a connection, and copied by the kernel. What has come stays, and the next run takes it up."""
+    settings: dict[str, Any] = {"root": str(small_disk), "reserve_mib": 0}
+    if share:
+        settings["model"] = model_jobs.read_model(f"file://{tmp_path}/origin", "", "http")
+    else:
+        hub.faults.append(Fault("/cdn/", stall_at=1_000_000, times=1))
+        call("started", **settings, timeout=4)
+        _until(lambda: [part for part in small_disk.rglob("*.incomplete") if part.stat().st_size > 700_000])
+    filler = small_disk / "filler"
+    filler.write_bytes(b"x" * 3_000_000)
+    if share:  # too fast to be met on its way: the check before the first byte is told of more room than there is
+        real, model_fetch.model_store.free_bytes = model_fetch.model_store.free_bytes, lambda path: 10**12
+        try:
+            call("started", **settings)
+        finally:
+            model_fetch.model_store.free_bytes = real
+    result = wait(call, **settings)
+    assert result["failed"]
+    assert "No space left on device" in result["msg"] and "make room and run again" in result["msg"], result["msg"]
+    assert not (small_disk / REPO / "main").exists()
+    filler.unlink()
+    hub.faults.clear()
+    call("started", **settings)
+    result = wait(call, **settings)
+    assert result["changed"] is True, result
+    assert result["progress"]["hub_bytes"] < 2_500_000, "what had come is not fetched again"
+    (found,) = small_disk.rglob("model.safetensors")
+    assert found.read_bytes() == (tmp_path / "origin/model.safetensors").read_bytes()
+
+
+def test_a_disk_that_is_mounted_read_only(call: Callable[..., Any], small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    result = call("started", root=f"{small_disk}/models")
+    assert result["failed"]
+    assert f"{small_disk} cannot be written (its file system is mounted read-only): mount it writable" in result["msg"]
