@@ -161,6 +161,12 @@ ECHO = (
     "EngineCore encountered an issue",
     "WorkerProc initialization failed",
 )
+# What vLLM's processes write when a start has failed. Most end then; of several GPUs' processes some may wait for the others
+# for good (all-reduce), and the server with them.
+FATAL = re.compile(
+    r"EngineCore failed to start|Engine core initialization failed|WorkerProc (?:initialization failed|failed to start|hit an)"
+)
+FATAL_GRACE_S = 20  # to end in order and to say why
 # Written by start.sh: what stands before it is of an earlier start.
 START = "baremetal: start"
 # Each line of interest, and how its groups are called.
@@ -329,6 +335,7 @@ class Wait:
         self.stages = dict(begun.get("stages", {}))
         self.lines = int(begun.get("lines", 0))
         self.lines_since = float(begun.get("lines_since", self.now))
+        self.fatal_since = begun.get("fatal_since")
         self.limit = int(begun.get("limit") or self.params["timeout"] or limit_for(self.params["model_path"]))
         parts = urlsplit(self.params["url"])
         self.port = parts.port or {"https": 443}.get(parts.scheme, 80)
@@ -353,6 +360,10 @@ class Wait:
         """Reads the log: the stage, and whether anything moves. True at the end of a stage."""
         log = self.log()
         stage = stage_of(log, self.params["stages"])
+        if FATAL.search(log):
+            self.fatal_since = self.fatal_since or self.now
+            if self.now - self.fatal_since > FATAL_GRACE_S:
+                self.give_up("vLLM has failed after %d s and hangs instead of ending" % (self.fatal_since - self.start))
         if len(log) != self.lines:
             self.lines, self.lines_since = len(log), self.now
         elif stage.get("stall_s") and self.now - self.lines_since > int(stage["stall_s"]):
@@ -406,6 +417,7 @@ class Wait:
                     "stages": self.stages,
                     "lines": self.lines,
                     "lines_since": self.lines_since,
+                    "fatal_since": self.fatal_since,
                     "limit": self.limit,
                 }
                 self.module.exit_json(starting=True, begun=begun, measured={}, **self.result())

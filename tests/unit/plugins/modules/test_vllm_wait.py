@@ -189,6 +189,26 @@ def test_gpus_that_never_connect_are_given_up(wait: Callable[..., Any], closed_p
     assert "set env NCCL_P2P_DISABLE to 1 and add --disable-custom-all-reduce" in message
 
 
+def test_a_start_that_failed_and_hangs_is_given_up(wait: Callable[..., Any], closed_port: str, tmp_path: Path) -> None:
+    """One of two processes ran out of memory, the other waits for it in an all-reduce: nothing ends by itself."""
+    (tmp_path / "pid").write_text("77\n")
+    (tmp_path / "log").write_text((CAPTURES / "vllm_0.25.1_worker_out_of_memory.txt").read_text())
+    causes = [{"pattern": "CUDA out of memory", "cause": "the GPU's memory ran out", "advice": "less"}]
+    result = wait(closed_port, timeout=3600, stages=STAGES, causes=causes)
+    assert result["msg"].startswith("vLLM has failed after 0 s and hangs instead of ending: ")
+    assert "CUDA out of memory. Tried to allocate 432.00 MiB" in result["msg"]
+    assert result["msg"].endswith(" = the GPU's memory ran out. less")
+
+
+def test_a_failure_that_ends_by_itself_is_not_called_a_hang(
+    wait: Callable[..., Any], clock: Clock, closed_port: str, tmp_path: Path
+) -> None:
+    (tmp_path / "pid").write_text("77\n")
+    (tmp_path / "log").write_text((CAPTURES / "vllm_0.25.1_worker_out_of_memory.txt").read_text())
+    clock.at = [(15, lambda: (tmp_path / "pid").write_text("0\n"))]
+    assert wait(closed_port, timeout=3600, stages=STAGES)["msg"].startswith("vLLM has ended after 1")
+
+
 def test_weights_that_take_long_are_waited_for(
     wait: Callable[..., Any], clock: Clock, closed_port: str, tmp_path: Path
 ) -> None:
