@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from . import engine as engines
@@ -16,11 +17,13 @@ from .layout import (
     Instance,
     Layout,
     Need,
+    Needs,
     Task,
     batches,
     dtype_for,
     memory_arguments,
     spreads_experts,
+    valid_shapes,
     valid_tp,
 )
 from .memory import MemoryPlan, engine_memory
@@ -316,6 +319,12 @@ def _why_parallel(task: Task, settled: Mapping[str, Any]) -> list[str]:
     if pp > 1 and len(instance.hosts) > 1:
         speed = f" ({host.network_mbps} Mb/s)" if host.network_mbps else ""
         why.append(f"PP {pp}: TP inside a host, stages between hosts, which exchange far less{speed}")
+        if alone := _on_one_host(service, instance, settled["max_model_len"]):
+            why.append(
+                f"one host is enough: TP {alone.shape.tp} x PP {alone.shape.pp} on {host.name} holds {alone.max_model_len} "
+                f"tokens; over {len(instance.hosts)} hosts each token waits for the network, so that a request takes longer. "
+                "Leave the sizes out for a server on each host, which answer more together"
+            )
     elif pp > 1:
         why.append(f"PP {pp}: stages exchange far less than TP ranks, and the GPUs' link is {settled['link']}")
     elif tp > 1 and planned and settled["link"] != "nvlink":
@@ -329,6 +338,17 @@ def _why_parallel(task: Task, settled: Mapping[str, Any]) -> list[str]:
     if settled["executor"] == "ray" and not need.engine.ray:
         why.append(f"vLLM {need.engine.version} comes without Ray: it has to be added")
     return why
+
+
+def _on_one_host(service: Service, instance: Instance, length: int) -> Need | None:
+    """The first layout, with CUDA graphs, that holds this context on what one of the hosts gives to the service."""
+    place = instance.places[0]
+    gpus = [other.gpu.index for other in instance.places if other.host is place.host]
+    free = replace(service, tp=None, pp=None, dp=None, gpu_count=None, gpu_indices=None)
+    for shape in valid_shapes(free, instance.need.engine, len(gpus), 1, place.host.link(gpus)):
+        if need := Needs().find(free, place.gpu, instance.need.engine, "", length, shape, False, 1.0, False):
+            return need
+    return None
 
 
 def _why_memory(task: Task, layout: Layout, settled: Mapping[str, Any]) -> list[str]:

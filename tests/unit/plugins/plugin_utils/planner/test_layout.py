@@ -388,3 +388,16 @@ def test_bad_services_are_refused_by_name(changes: dict[str, Any], text: str) ->
 def test_bad_lists_of_services_are_refused(services: Any, text: str) -> None:
     with pytest.raises(PlanError, match=text):
         make_plan(services, hosts_from_text("1x A10"))
+
+
+def test_more_hosts_than_needed_are_slower() -> None:
+    """A model that one host holds, spread over two: the plan says so; one that needs them: it does not."""
+    spread = {"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "max_model_len": 4096}
+    small = plan("2x(2x A10)", {"model": "Qwen/Qwen2.5-7B-Instruct", "hosts": ["host1", "host2"], **spread})
+    assert small["fits"], small["problems"]
+    (line,) = [line for line in small["services"][0]["why"] if line.startswith("one host is enough: ")]
+    assert "TP 1 x PP 1 on host1 holds 4096 tokens" in line
+    assert "a request takes longer" in line
+    large = plan("2x(2x A10)", {"model": "Qwen/Qwen2.5-32B-Instruct", "hosts": ["host1", "host2"], **spread})
+    assert large["fits"], large["problems"]
+    assert not any("one host is enough" in line for line in large["services"][0]["why"])
