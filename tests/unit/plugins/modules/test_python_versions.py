@@ -64,10 +64,31 @@ PLAY = """
           - {name: generated, model: random-llama, source: generated}
           - {name: hub, model: a/b}
       register: model_info
+    - baremetal.vllm.interconnect_probe:
+        action: look
+      register: look
+    - baremetal.vllm.interconnect_probe:
+        action: serve
+        name: there
+        addresses: [127.0.0.2]
+        token: word
+        seconds: 20
+      register: serve
+    - baremetal.vllm.interconnect_probe:
+        action: measure
+        token: word
+        peers:
+          - name: there
+            address: 127.0.0.2
+            source: 127.0.0.1
+            port: "{{ serve.ports['127.0.0.2'] }}"
+            mtu: 1500
+            bandwidth: true
+      register: measure
     - ansible.builtin.copy:
         content: >-
-          {{ {'host_probe': host_probe, 'gpu_facts': gpu_facts, 'random_model': random_model, 'model_info': model_info}
-             | to_json }}
+          {{ {'host_probe': host_probe, 'gpu_facts': gpu_facts, 'random_model': random_model, 'model_info': model_info,
+              'look': look, 'measure': measure} | to_json }}
         dest: "{{ out }}/{{ inventory_hostname }}.json"
         mode: "0600"
 """
@@ -130,6 +151,9 @@ def judge(results: dict[str, Any], folder: Path) -> None:
         assert models["generated"]["present"] is True
         assert models["generated"]["config"] == random_llama.CONFIG
         assert "Connection refused" in models["hub"]["problem"]
+        assert all(interface["mtu"] > 0 for interface in result["look"]["interfaces"])
+        (way,) = result["measure"]["ways"]
+        assert way["problem"] == "" and way["whole_mtu"] is True and way["mbps"] > 10, way
         written = folder / version / "random-llama"
         assert random_llama.current(str(written), 0)
         weights = (written / "model.safetensors").read_bytes()
