@@ -5,6 +5,9 @@ Like the real one it refuses flags that it does not know, claims its port withou
 ready, wants the key of VLLM_API_KEY, logs the lines that vLLM 0.25 logs, and ends its requests before it ends on SIGTERM.
 STANDIN_START_S is how long a start takes; STANDIN_FAIL names a file of tests/unit/plugins/modules/captures that it prints
 before it fails, which gives what a real one prints.
+
+With --distributed-executor-backend ray it places as many actors as there would be engines in the Ray cluster of RAY_ADDRESS,
+with a GPU each, tells of their hosts in /v1/models, and ends when one of them does.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+engines: list[list[str]] = []
 BEGIN = """INFO 11-21 02:32:24 [api_utils.py:286] non-default args: {'port': %d}
 (EngineCore pid=77) INFO 11-21 02:32:25 [core.py:115] Initializing a V1 LLM engine (v0.25.1) with config: model='m'
 (EngineCore pid=77) INFO 11-21 02:32:26 [gpu_model_runner.py:5210] Starting to load model m..."""
@@ -34,6 +38,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for flag in ("model", "served-model-name", "dtype", "host", "middleware", "max-model-len", "max-num-seqs"):
         parser.add_argument(f"--{flag}")
+    for flag in ("distributed-executor-backend", "gpu-memory-utilization"):
+        parser.add_argument(f"--{flag}")
+    for flag in ("tensor-parallel-size", "pipeline-parallel-size"):
+        parser.add_argument(f"--{flag}", type=int, default=1)
     for flag in ("port", "max-num-batched-tokens", "shutdown-timeout"):
         parser.add_argument(f"--{flag}", type=int)
     parser.add_argument("--enforce-eager", action="store_true")
@@ -62,10 +70,44 @@ class Requests(BaseHTTPRequestHandler):
             self.answer(401, {})
         else:
             told = {"id": options.served_model_name, "pid": os.getpid(), "marker": os.environ.get("MARKER", "")}
+            told["engines"] = engines
             self.answer(200, {"data": [told]})
 
     def log_message(self, format: str, *values: object) -> None:
         pass
+
+
+def place_engines(number: int) -> None:
+    """Fills `engines` with the node of each; ends this process when one of them ends."""
+    import ray
+    from ray.util.placement_group import placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    ray.init(address=os.environ["RAY_ADDRESS"], logging_level="ERROR", log_to_driver=False)
+    group = placement_group([{"GPU": 1}] * number, strategy="PACK")
+    ray.get(group.ready(), timeout=120)
+
+    class Engine:
+        def where(self) -> list[str]:
+            return [ray.util.get_node_ip_address(), os.environ.get("VLLM_HOST_IP", "")]
+
+    remote = ray.remote(num_gpus=1, num_cpus=0)(Engine)
+    actors = [
+        remote.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle)).remote()
+        for bundle in range(number)
+    ]
+    engines.extend(ray.get([actor.where.remote() for actor in actors], timeout=120))
+
+    def watch() -> None:
+        while True:
+            time.sleep(1)
+            try:
+                ray.get([actor.where.remote() for actor in actors], timeout=20)
+            except Exception as error:
+                print(f"vllm.v1.engine.exceptions.EngineDeadError: {type(error).__name__}", flush=True)
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def main() -> None:
@@ -77,6 +119,8 @@ def main() -> None:
     if failure := os.environ.get("STANDIN_FAIL"):
         print(Path(failure).read_text(), flush=True)
         sys.exit(1)
+    if options.distributed_executor_backend == "ray":
+        place_engines(options.tensor_parallel_size * options.pipeline_parallel_size)
     print(END % options.port, flush=True)
     server = ThreadingHTTPServer((options.host, options.port), Requests, bind_and_activate=False)
     server.socket.close()
