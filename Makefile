@@ -4,7 +4,7 @@ MODEL ?=
 PORT ?=
 quickstart_vars := $(if $(MODEL),-e quickstart_model='$(MODEL)') $(if $(PORT),-e quickstart_port='$(PORT)')
 
-.PHONY: help quickstart quickstart-down test lint unit quality integration molecule soak docker-here test-vm test-dkms test-serving
+.PHONY: help quickstart quickstart-down test lint unit quality integration molecule soak docker-here test-vm test-dkms test-serving test-cluster
 
 help: ## List the targets
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /  make \1\t/' | expand -t 44
@@ -44,6 +44,10 @@ test-dkms: ## NVIDIA's own source built by the driver's role (Debian non-free; 5
 test-serving: ## Real vLLM in containers, real parsers of five releases, Dify (as root; about an hour on two cores)
 	@scripts/controller.sh requirements-dev.txt
 	@.venv/bin/pytest -v tests/serving
+
+test-cluster: ## Ray and vLLM over several containers through reboots, cuts and changes (as root, with Docker Engine; half an hour)
+	@scripts/controller.sh requirements-dev.txt
+	@.venv/bin/pytest -s tests/cluster
 
 docker-here: ## Install and start Docker Engine on this machine through the role docker
 	@scripts/controller.sh requirements-dev.txt

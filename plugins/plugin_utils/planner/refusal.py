@@ -82,7 +82,16 @@ def _too_little(service: Service, group: Sequence[Place], engine: Engine, total:
     link = host.link(place.gpu.index for place in group)
     shapes = valid_shapes(service, engine, count, max(1, total // len(group)), link)
     if not shapes:
-        possible = ", ".join(str(tp) for tp in valid_tp(service, engine) if tp <= count)
+        sizes = [tp for tp in valid_tp(service, engine) if tp <= count]
+        if service.tp and service.tp > count and sizes and service.tp % sizes[-1] == 0:
+            # Each layer of each token would cross the network twice.
+            way = f"set tensor_parallel_size {sizes[-1]} and pipeline_parallel_size {service.tp // sizes[-1]}"
+            never = pp_problems(service.shape, service.tp // sizes[-1], engine_version=engine.version)
+            return [
+                f"TP {service.tp} does not fit into a host of {count} GPUs, and TP stays inside a host: "
+                + (f"{way} is not possible, either: {never[0]}" if never else way)
+            ]
+        possible = ", ".join(map(str, sizes))
         return [f"no layout of {count} GPUs is possible: TP can be {possible or 'none'}"]
     shape = max(shapes, key=lambda shape: shape.world)
     length = service.max_model_len or min(usual_lengths(service)[0], SHORT_CONTEXT)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,8 +11,11 @@ import pytest
 import yaml
 
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.hardware import hosts_from_text
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.memory import engine_memory
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.model import parse_config
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.plan import make_plan
 
+CONFIGS = Path(__file__).parents[4] / "benchmarks" / "truth" / "configs.json"
 INVENTORIES = Path(__file__).parents[5] / "inventories"
 TWO_V100 = "2x V100-PCIE-16GB no-p2p"
 # What the hand-made deployment started Qwen2.5-14B with, after vLLM had refused everything roomier.
@@ -102,6 +106,36 @@ class TestV100:
     def test_qwen3_was_not_known_to_0_3_0(self) -> None:
         row = one(TWO_V100, model="Qwen/Qwen3-14B", engine_version="0.3.0")
         assert "does not know Qwen3ForCausalLM: it came with 0.8.4" in row["problems"][0]
+
+    def test_14b_on_four_of_two_hosts_had_no_room_for_its_batch(self) -> None:
+        """TP 4 with 131072 tokens a batch: half an hour of loading, then "No available memory for the cache blocks"."""
+        shape = parse_config(json.loads(CONFIGS.read_text())["qwen2.5-14b"])
+        asked: dict[str, Any] = {
+            "gpu_memory_total_mib": 16384, "compute_capability": "7.0", "engine_version": "0.3.0", "dtype": "float16",
+            "tensor_parallel_size": 4, "gpu_memory_utilization": 0.8, "enforce_eager": True,
+        }  # fmt: skip
+        as_tried = engine_memory(shape, max_model_len=32768, max_num_batched_tokens=131072, **asked)
+        assert not as_tried.fits and "no memory is left for the KV cache" in as_tried.reason
+        assert engine_memory(shape, max_model_len=4096, max_num_batched_tokens=4096, **asked).fits
+
+    @pytest.mark.parametrize(
+        "version, way",
+        [
+            ("0.8.5.post1", "set tensor_parallel_size 2 and pipeline_parallel_size 2"),
+            ("0.3.0", "is not possible, either: PP 2 is not possible: vLLM 0.3.0 has no pipeline parallelism"),
+        ],
+    )
+    def test_tp_does_not_leave_the_host(self, version: str, way: str) -> None:
+        spread = {"hosts": ["host1", "host2"], "tensor_parallel_size": 4, "engine_version": version}
+        row = one("2x(2x V100-PCIE-16GB no-p2p)", model="Qwen/Qwen2.5-1.5B", **spread)
+        (problem,) = row["problems"]
+        assert problem.startswith("TP 4 does not fit into a host of 2 GPUs") and problem.endswith(way)
+
+    def test_an_address_of_ray_is_no_flag(self) -> None:
+        row = one(
+            TWO_V100, model="Qwen/Qwen2.5-1.5B", engine_version="0.3.0", extra_args=["--ray-cluster-address", "a:6379"]
+        )
+        assert any("--ray-cluster-address" in problem for problem in row["problems"]), row["problems"]
 
 
 class TestA10:

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A real vLLM on the CPU over two and three containers, executor mp. The tests run in the order in which they stand."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+from conftest import PROMPTS, Site
+from fleet import docker, until
+
+
+def told(**figures: Any) -> None:
+    print(json.dumps(figures))
+
+
+def test_one_host(site: Site) -> None:
+    site.play(1)
+    site.one_host = site.answers()
+    assert len(set(site.one_host)) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("hosts", [2, 3])
+def test_more_hosts_say_the_same(site: Site, hosts: int) -> None:
+    started = time.monotonic()
+    output, _ = site.play(hosts)
+    told(hosts=hosts, figure="site.yml with the change", seconds=round(time.monotonic() - started, 1))
+    assert site.answers() == site.one_host
+    output, changed = site.play(hosts)
+    assert set(changed.values()) == {0}, output
+    for host in site.fleet.names[:hosts]:
+        assert site.fleet.sh(host, "pgrep -f baremetal_vllm_main.py"), f"no engine on {host}"
+
+
+@pytest.mark.parametrize("hosts", [2, 3])
+def test_a_host_that_loses_power_under_traffic(site: Site, hosts: int) -> None:
+    site.play(hosts)
+    last = site.fleet.names[hosts - 1]
+    client = site.traffic(240)
+    time.sleep(10)
+    site.fleet.pull_the_plug(last)
+    time.sleep(15)
+    docker("start", last)
+    site.fleet.booted(last)
+    out = client.communicate(timeout=400)[0]
+    figures = json.loads(out)
+    told(hosts=hosts, figure="a host lost power for 15 s under one client", **figures)
+    assert figures["answered"] > 0 and figures["different"] == 0
+    assert 0 < figures["outage_s"] < 230
+    until(site.healthy, 120)
+    assert site.answers() == site.one_host
+
+
+def test_firewall_rules_by_choice(site: Site) -> None:
+    """Host three has no part in a service over two: without rules it reaches the keeper of engines, with them it does not."""
+    one, two, three = site.fleet.names
+    address = site.fleet.address(one)
+
+    def reaches(host: str) -> bool:
+        code = f'import socket; socket.create_connection((\\"{address}\\", 29600), 3)'
+        return site.fleet.sh(host, f'python3 -c "{code}" 2>/dev/null && echo yes', check=False) == "yes"
+
+    site.play(2)
+    assert (reaches(two), reaches(three)) == (True, True)
+    site.play(2, vllm_interconnect_firewall=True)
+    assert (reaches(two), reaches(three)) == (True, False)
+    assert site.answers() == site.one_host
+    _, changed = site.play(2, vllm_interconnect_firewall=True)
+    assert set(changed.values()) == {0}
+    site.fleet.reboot(one)
+    until(lambda: reaches(two), 60)
+    assert not reaches(three), "the rules are there after a boot"
+    until(site.healthy, 240)
+    site.play(2)
+    assert (reaches(two), reaches(three)) == (True, True)
+
+
+def test_teardown(site: Site) -> None:
+    site.play(3, playbook="playbooks/teardown.yml")
+    for host in site.fleet.names:
+        assert site.fleet.sh(host, "ls /etc/systemd/system/vllm-*; pgrep -u vllm", check=False) == ""

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A real Ray cluster over containers, through its life. The tests run in the order in which they stand.
+
+No GPU: each node is told to count two, which is all that Ray's scheduler knows of them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+from conftest import RAY_PYTHON as PYTHON
+from fleet import ROOT, Fleet, docker, until
+
+PLAY = ROOT / "tests/cluster/ray.yml"
+# Places one task with two GPUs on each node and prints, by address of the node, what it sees there.
+WORK = """
+import json, os, sys, ray
+ray.init(address=os.environ["RAY_ADDRESS"], logging_level="ERROR", log_to_driver=False)
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+group = placement_group([{"GPU": 2, "CPU": 1}] * int(sys.argv[1]), strategy="STRICT_SPREAD")
+ray.get(group.ready(), timeout=60)
+@ray.remote(num_gpus=2, num_cpus=1)
+def here():
+    return ray.util.get_node_ip_address(), {"host": os.uname().nodename, "word": os.environ.get("WORD")}
+where = [PlacementGroupSchedulingStrategy(group, bundle) for bundle in range(int(sys.argv[1]))]
+print(json.dumps(dict(ray.get([here.options(scheduling_strategy=one).remote() for one in where], timeout=60))))
+"""
+
+
+class Cluster:
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet, self.hosts = fleet, fleet.names[:3]
+
+    @property
+    def head(self) -> str:
+        return self.hosts[0]
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "ray_cluster_network": f"10.{self.fleet.number}.1.0/24",
+            "ray_cluster_num_gpus": 2,
+            "ray_cluster_num_cpus": 2,
+            "ray_cluster_object_store_mib": 128,
+            "ray_cluster_environment": {"WORD": "{{ inventory_hostname }}"},
+        }
+
+    def play(self, *words: str, **variables: Any) -> tuple[str, dict[str, int]]:
+        return self.fleet.play(PLAY, self.hosts, *words, **{**self.settings(), **variables})
+
+    def on_head(self, command: str, check: bool = True) -> str:
+        address = f"{self.fleet.address(self.head)}:6379"
+        script = f"set -a; . /etc/ray/default/env; cd /tmp; RAY_ADDRESS={address} {command}"
+        return self.fleet.sh(self.head, f'runuser -u ray -- sh -c "{script}"', check=check)
+
+    def status(self) -> str:
+        return self.on_head(f"timeout 30 {PYTHON} -m ray.scripts.scripts status", check=False)
+
+    def nodes(self) -> int:
+        """Active nodes, as `ray status` counts them."""
+        active = self.status().partition("Active:")[2].partition("Pending:")[0]
+        return active.count("node_")
+
+    def work(self) -> dict[str, Any]:
+        self.fleet.sh(self.head, f"cat > /opt/ray/work.py <<'END'\n{WORK}\nEND")
+        out = self.on_head(f"timeout 120 {PYTHON} /opt/ray/work.py {len(self.hosts)}")
+        return dict(json.loads(out.splitlines()[-1]))
+
+    def works_everywhere(self) -> None:
+        expected = {self.fleet.address(host): {"host": host, "word": host} for host in self.hosts}
+        assert self.work() == expected
+
+    def reaches(self, source: str, address: str, port: int) -> bool:
+        code = f'import socket; socket.create_connection((\\"{address}\\", {port}), 2)'
+        return self.fleet.sh(source, f'python3 -c "{code}" && echo yes', check=False).endswith("yes")
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_fleet: Fleet) -> Cluster:
+    return Cluster(ray_fleet)
+
+
+def told(seconds: float, what: str) -> None:
+    print(json.dumps({"figure": what, "seconds": round(seconds, 1)}))
+
+
+def test_it_is_formed_and_a_second_run_changes_nothing(cluster: Cluster) -> None:
+    output, _ = cluster.play()
+    assert "3 nodes with 6 GPUs are here" in output
+    status = cluster.status()
+    assert cluster.nodes() == 3, status
+    assert "0.0/6.0 GPU" in status
+    output, changed = cluster.play()
+    assert changed == dict.fromkeys(cluster.hosts, 0), output
+    cluster.works_everywhere()
+
+
+def test_a_token_is_asked_for(cluster: Cluster) -> None:
+    def ask(word: str) -> str:
+        script = f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN={word} timeout 30 {PYTHON} -m ray.scripts.scripts status"
+        return cluster.on_head(script, check=False)
+
+    assert "Active:" not in ask("x" * 48)
+    good = cluster.fleet.sh(cluster.head, "cat /etc/ray/default/token")
+    assert "Active:" in ask(good)
+    for host in cluster.hosts:
+        mode = cluster.fleet.sh(host, "stat -c '%a %U' /etc/ray/default/token")
+        assert mode == "600 ray"
+        seen = cluster.fleet.sh(host, "ps -eo args; cat /proc/[0-9]*/environ; systemctl show ray-default", check=False)
+        assert good not in seen
+
+
+def test_nobody_else_reaches_its_ports(cluster: Cluster) -> None:
+    worker, stranger = cluster.hosts[1], cluster.fleet.names[4]
+    manage, fabric = cluster.fleet.manage(cluster.head), cluster.fleet.address(cluster.head)
+    listening = cluster.fleet.sh(cluster.head, "ss -Hltn | awk '{print $4}'").split()
+    ports = {int(place.rpartition(":")[2]) for place in listening if not place.startswith("127.")} - {22}
+    assert {6379, 6380, 6381} <= ports
+    assert 8265 not in ports  # the dashboard
+    assert cluster.reaches(stranger, manage, 22)
+    assert cluster.reaches(worker, fabric, 6379)
+    assert [port for port in sorted(ports) if cluster.reaches(stranger, manage, port)] == []
+
+
+def test_a_worker_that_is_killed_comes_back(cluster: Cluster) -> None:
+    worker = cluster.hosts[1]
+    cluster.fleet.sh(worker, "systemctl kill --signal=KILL ray-default")
+    started = time.monotonic()
+    until(lambda: cluster.fleet.sh(worker, "systemctl is-active ray-default", check=False) == "active", 60)
+    until(lambda: cluster.nodes() == 3, 120)
+    told(time.monotonic() - started, "node killed")
+    cluster.works_everywhere()
+
+
+def test_a_worker_that_loses_power_comes_back(cluster: Cluster) -> None:
+    worker = cluster.hosts[2]
+    cluster.fleet.pull_the_plug(worker)
+    until(lambda: cluster.nodes() == 2, 120, "a cluster without it")
+    docker("start", worker)
+    started = time.monotonic()
+    cluster.fleet.booted(worker)
+    until(lambda: cluster.nodes() == 3, 120)
+    told(time.monotonic() - started, "worker host lost power: back after its start")
+    cluster.works_everywhere()
+
+
+def test_the_head_reboots(cluster: Cluster) -> None:
+    cluster.fleet.reboot(cluster.head)
+    started = time.monotonic()
+    until(lambda: cluster.nodes() == 3, 240)
+    told(time.monotonic() - started, "head rebooted: all nodes back")
+    cluster.works_everywhere()
+    output, changed = cluster.play()
+    assert set(changed.values()) == {0}, output
+
+
+def test_the_network_is_cut_for_a_minute(cluster: Cluster) -> None:
+    worker = cluster.hosts[1]
+    cluster.fleet.cut(worker)
+    until(lambda: cluster.nodes() == 2, 90, "a cluster without it")
+    time.sleep(30)
+    cluster.fleet.mend(worker)
+    started = time.monotonic()
+    until(lambda: cluster.nodes() == 3, 180)
+    told(time.monotonic() - started, "network back: all nodes back")
+    cluster.works_everywhere()
+
+
+def test_a_worker_is_added_and_the_others_go_on(cluster: Cluster) -> None:
+    before = {host: cluster.fleet.sh(host, "systemctl show --property=MainPID ray-default") for host in cluster.hosts}
+    cluster.hosts = cluster.fleet.names[:4]
+    output, changed = cluster.play()
+    assert "4 nodes with 8 GPUs are here" in output
+    assert before == {host: cluster.fleet.sh(host, "systemctl show --property=MainPID ray-default") for host in before}
+    assert [host for host in changed if changed[host]] == [cluster.hosts[3]]
+    cluster.works_everywhere()
+
+
+def test_a_worker_leaves(cluster: Cluster) -> None:
+    leaving = cluster.hosts.pop()
+    cluster.fleet.play(PLAY, [leaving], entry_point="teardown", ray_cluster_hosts=[leaving])
+    assert cluster.fleet.sh(leaving, "systemctl is-active ray-default", check=False) != "active"
+    cluster.fleet.sh(leaving, "! pgrep -u ray")
+    until(lambda: cluster.nodes() == 3, 60)
+    output, changed = cluster.play()
+    assert set(changed.values()) == {0}, output
+    cluster.works_everywhere()
+
+
+def test_teardown_leaves_nothing(cluster: Cluster) -> None:
+    cluster.play(entry_point="teardown")
+    for host in cluster.hosts:
+        places = "/etc/ray/default /var/lib/ray/default /etc/systemd/system/ray-default*"
+        left = cluster.fleet.sh(host, f"ls -d {places} 2>/dev/null; pgrep -u ray", check=False)
+        assert left == ""
+    _, changed = cluster.play(entry_point="teardown")
+    assert set(changed.values()) == {0}

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""site.yml with executor ray: a real Ray cluster, the real gate and units; GPUs and vLLM are stand-ins.
+
+The stand-in for vLLM places an actor with a GPU for each engine and ends when one of them does, as vLLM does. The tests run in
+the order in which they stand.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+from fleet import ROOT, Fleet, until
+
+PLAY = ROOT / "tests/cluster/ray.yml"
+
+
+class Service:
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet, self.size = fleet, 3
+
+    @property
+    def head(self) -> str:
+        return self.fleet.names[0]
+
+    def play(
+        self, *words: str, fail: bool = False, playbook: str = "site.yml", **more: Any
+    ) -> tuple[str, dict[str, int]]:
+        service = {
+            "name": "chat",
+            "model": "/opt/models/six",
+            "hosts": self.fleet.names[: self.size],
+            "tensor_parallel_size": 2,
+            "pipeline_parallel_size": self.size,
+            "executor": "ray",
+            "max_model_len": 512,
+        }
+        settings = {
+            "vllm_existing_python": "/opt/standin/python",
+            "vllm_interconnect_network": f"10.{self.fleet.number}.1.0/24",
+            "vllm_interconnect_check": False,  # the stand-in has no PyTorch; test_preflight.py has it
+            "vllm_verify_client": "never",
+            "vllm_api_key": "",
+            "vllm_services": [service],
+            "preflight_allow_untested_distribution": True,
+        }
+        words = (*words, "--skip-tags", "verify")
+        return self.fleet.play(ROOT / playbook, self.fleet.names[:3], *words, fail=fail, **{**settings, **more})
+
+    def engines(self) -> list[Any]:
+        """[address that Ray says, address of its environment] of each engine; none while there is no answer."""
+        code = (
+            "import json, urllib.request as r; key = open('/etc/vllm/chat/api_key').read().strip(); "
+            "q = r.Request('http://127.0.0.1:8000/v1/models', headers={'Authorization': 'Bearer ' + key}); "
+            "print(json.dumps(json.load(r.urlopen(q, timeout=5))['data'][0]['engines']))"
+        )
+        out = self.fleet.sh(self.head, f'python3 -c "{code}" 2>/dev/null', check=False)
+        return list(json.loads(out)) if out.startswith("[") else []
+
+    def serves(self) -> bool:
+        addresses = [self.fleet.address(host) for host in self.fleet.names[: self.size]]
+        return Counter(map(tuple, self.engines())) == Counter({(address, address): 2 for address in addresses})
+
+    def show(self, key: str) -> str:
+        return self.fleet.sh(self.head, f"systemctl show --property={key} --value vllm-chat")
+
+
+@pytest.fixture(scope="module")
+def service(ray_fleet: Fleet) -> Service:
+    hosts = ray_fleet.names[:3]
+    for host in hosts:
+        ray_fleet.sh(host, "ln -sf /opt/standin/nvidia-smi /usr/local/bin/nvidia-smi")
+    if "missing" in ray_fleet.sh(hosts[0], "test -e /opt/ray/venvs || echo missing"):
+        for word in ("main", "teardown"):  # leaves the environment with Ray
+            ray_fleet.play(
+                PLAY,
+                hosts,
+                entry_point=word,
+                ray_cluster_network=f"10.{ray_fleet.number}.1.0/24",
+                ray_cluster_num_cpus=2,
+            )
+    return Service(ray_fleet)
+
+
+def told(seconds: float, what: str) -> None:
+    print(json.dumps({"figure": what, "seconds": round(seconds, 1)}))
+
+
+def test_engines_are_placed_as_planned_and_a_second_run_changes_nothing(service: Service) -> None:
+    output, _ = service.play()
+    assert "3 nodes with 6 GPUs are here" in output
+    assert service.serves(), service.engines()
+    output, changed = service.play()
+    assert set(changed.values()) == {0}, output
+
+
+def test_a_worker_host_reboots(service: Service) -> None:
+    service.fleet.pull_the_plug(service.fleet.names[1])
+    until(lambda: not service.engines(), 90, "the end of the server")
+    service.fleet.reboot(service.fleet.names[1])
+    started = time.monotonic()
+    until(service.serves, 180)
+    told(time.monotonic() - started, "ray: served again after the boot of a worker host")
+
+
+def test_the_head_host_reboots(service: Service) -> None:
+    service.fleet.reboot(service.head)
+    started = time.monotonic()
+    until(service.serves, 240)
+    told(time.monotonic() - started, "ray: served again after the boot of the head host")
+    output, changed = service.play()
+    assert set(changed.values()) == {0}, output
+
+
+def test_a_placement_that_cannot_be_met_ends_at_once(service: Service) -> None:
+    worker = service.fleet.names[1]
+    start = "/etc/ray/chat/start.sh"
+    service.fleet.sh(worker, f"sed -i s/--num-gpus=2/--num-gpus=1/ {start} && systemctl restart ray-chat")
+    until(lambda: service.show("ActiveState") == "failed", 120, "the end of the unit")
+    assert service.show("ExecMainStatus") == "78"
+    log = service.fleet.sh(service.head, "journalctl -u vllm-chat -o cat --no-pager")
+    reason = f"{worker} ({service.fleet.address(worker)}) gives Ray 1 GPUs and the plan places 2 there"
+    assert f"PlacementError: this placement can never be met: {reason}" in log
+    # From the start of the gate to the end of the unit, and no further try.
+    service.fleet.sh(service.head, "systemctl reset-failed vllm-chat; systemctl start vllm-chat")
+    began = time.monotonic()
+    until(lambda: service.show("ActiveState") == "failed", 60)
+    told(time.monotonic() - began, "ray: a placement that can never be met ends the start")
+    restarts = service.show("NRestarts")
+    time.sleep(12)
+    assert (service.show("ActiveState"), service.show("NRestarts")) == ("failed", restarts)
+    # site.yml sees the node that is not as it should be, and mends it.
+    service.play()
+    until(service.serves, 60)
+
+
+def test_a_host_leaves(service: Service) -> None:
+    service.size = 2
+    leaving = service.fleet.names[2]
+    service.play()
+    until(service.serves, 60)
+    assert service.fleet.sh(leaving, "ls /etc/systemd/system/ray-*; pgrep -f raylet", check=False) == ""
+    output, changed = service.play()
+    assert set(changed.values()) == {0}, output
+
+
+def test_a_host_comes(service: Service) -> None:
+    service.size = 3
+    service.play()
+    until(service.serves, 60)
+
+
+def test_teardown_leaves_nothing(service: Service) -> None:
+    service.play(playbook="playbooks/teardown.yml")
+    for host in service.fleet.names[:3]:
+        assert service.fleet.sh(host, "ls /etc/systemd/system | grep -E 'ray-|vllm-'; pgrep -u vllm", check=False) == ""
+    output, changed = service.play(playbook="playbooks/teardown.yml")
+    assert set(changed.values()) == {0}, output
