@@ -76,6 +76,8 @@ from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.hardware im
 # A name becomes part of unit names, folders and shell words.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 BYTES_PER_GIB = 1024**3
+# No part of a plan, which is kept as a fact and shown.
+SECRET = ("api_key",)
 
 
 def check_names(services: Any) -> None:
@@ -134,7 +136,7 @@ def plan_inputs(
         read = {"config": info["config"], "model_path": info["path"], "served_model_name": name, "runtime": runtime}
         if info["weights_bytes"]:
             read["weights_gib"] = info["weights_bytes"] / BYTES_PER_GIB
-        planned.append({**read, **service})
+        planned.append({**read, **{key: value for key, value in service.items() if key not in SECRET}})
     to_be = drivers or [""] * len(hosts)
     seen = [
         {**with_gpus_to_come(facts, driver), "name": host}

@@ -49,8 +49,28 @@ def test_the_roles_take_it(name: str, tmp_path: Path) -> None:
         assert seen["plan"]["fits"] and seen["plan"]["problems"] == []
         assert seen["plan"]["services"] and all(row["runtime"] == "container" for row in seen["plan"]["services"])
         # What it finds is about this machine; a broken role would fail in other words.
+        own_code = [row["name"] for row in seen["plan"]["services"] if "--trust-remote-code" in row["args"]]
+        told = [
+            problem.split()[1] for problem in seen["problems"] if "trust_remote_code and no pinned revision" in problem
+        ]
+        assert told == own_code, seen["problems"]
         assert seen["reason"] in ("", "\n".join(seen["problems"])), seen
     assert len(list(tmp_path.glob("*.json"))) == len(json.loads(hosts(name)))
+
+
+def test_code_of_a_model_that_is_pinned_is_taken(tmp_path: Path) -> None:
+    entry = {
+        "name": "own",
+        "model": "stepfun-ai/Step3-VL-10B",
+        "trust_remote_code": True,
+        "revision": "0" * 40,
+        "max_model_len": 4096,
+    }
+    variables = json.dumps({"seen": str(tmp_path), "vllm_services": [entry]})
+    assert play("step3-vl-10b-4x22g", "-e", variables)[0] == 0
+    (seen,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    assert "--trust-remote-code" in seen["plan"]["services"][0]["args"]
+    assert not [problem for problem in seen["problems"] if "trust_remote_code" in problem]
 
 
 def test_a_value_that_a_role_does_not_take_is_refused() -> None:

@@ -51,7 +51,7 @@ class Site:
             "model_root": str(self.folder / "models"),
         }  # fmt: skip
 
-    def play(self, playbook: str = "site.yml") -> tuple[str, int]:
+    def play(self, playbook: str = "site.yml", *arguments: str) -> tuple[str, int]:
         """(output, changed); the output of a failed run has the word failed=1."""
         inventory = self.folder / "hosts.yml"
         host = {
@@ -61,7 +61,15 @@ class Site:
         }
         inventory.write_text(json.dumps({"all": {"hosts": {"here": host}, "vars": self.variables()}}))
         done = subprocess.run(
-            [str(ROOT / ".venv/bin/ansible-playbook"), playbook, "-i", str(inventory), "--skip-tags", "verify"],
+            [
+                str(ROOT / ".venv/bin/ansible-playbook"),
+                playbook,
+                "-i",
+                str(inventory),
+                "--skip-tags",
+                "verify",
+                *arguments,
+            ],
             cwd=ROOT,
             env={**os.environ, "ANSIBLE_NOCOLOR": "1"},
             stdin=subprocess.DEVNULL,
@@ -136,6 +144,25 @@ def test_a_configuration_that_does_not_start_leaves_the_one_before(site: Site) -
     assert {name: site.ask(name) for name in PORTS} == before, "neither server has even restarted"
     site.services["two"]["env"] = {"MARKER": "a"}
     assert site.play()[1] == 0
+
+
+# A host with no room for a second server; this machine may have it.
+NO_ROOM = ("-e", '{"__vllm_stands_by": false}')
+
+
+def test_without_room_the_one_before_comes_back(site: Site) -> None:
+    before = {name: site.ask(name) for name in PORTS}
+    site.services["two"]["env"] = {"MARKER": "d", "STANDIN_FAIL": str(FAILURE)}
+    output = " ".join(site.play("site.yml", *NO_ROOM)[0].split())
+    assert "failed=1" in output
+    assert "two did not start with its new configuration; the one from before runs again. The reason:" in output
+    after = {name: site.ask(name) for name in PORTS}
+    assert after["one"] == before["one"]
+    assert after["two"]["marker"] == "a" and after["two"]["pid"] != before["two"]["pid"]
+    site.services["two"]["env"] = {"MARKER": "e"}
+    output = " ".join(site.play("site.yml", *NO_ROOM)[0].split())
+    assert re.search(r"two was away for \d+ s: the host has no room for a second server beside it", output)
+    assert site.ask("two")["marker"] == "e"
 
 
 def test_what_is_not_listed_any_more_is_removed(site: Site) -> None:

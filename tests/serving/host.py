@@ -57,6 +57,7 @@ class Host:
 
     def __init__(self, name: str, folder: Path, image: str, *options: str) -> None:
         self.name, self.folder = name, folder
+        self.more: dict[str, Any] = {}  # further variables of the inventory
         out("docker", "rm", "--force", "--volumes", name, check=False)
         out("docker", "run", "--detach", "--name", name, "--hostname", name, *RIGHTS, "--publish", "127.0.0.1::22",
             *options, image)  # fmt: skip
@@ -94,7 +95,12 @@ class Host:
             "ansible_ssh_private_key_file": str(self.key),
             "ansible_ssh_common_args": known,
             "ansible_python_interpreter": "/usr/bin/python3",
+            **self.more,
         }
+
+    @property
+    def address(self) -> str:
+        return out("docker", "inspect", "--format", "{{.NetworkSettings.IPAddress}}", self.name)
 
 
 def play(

@@ -51,6 +51,10 @@ def test_the_runtime_of_the_role() -> None:
     assert one({"name": "chat", "model": "owner/name"}, reading(), runtime="container")["runtime"] == "container"
 
 
+def test_a_key_is_no_part_of_a_plan() -> None:
+    assert "sk-secret" not in str(one({"name": "chat", "model": "owner/name", "api_key": "sk-secret"}, reading()))
+
+
 @pytest.mark.parametrize("path", ["/srv/models/mine", "/srv/models/mine/"])
 def test_a_folder_is_served_under_its_last_name(path: str) -> None:
     service = one({"name": "chat", "model": path}, reading(model=path, source="path", path=path))
