@@ -243,6 +243,31 @@ def copy_range(origin, target, offset, count):
     return os.sendfile(target, origin, offset, count)
 
 
+class Patient(object):
+    """Reads an answer of known length, and is not woken for each packet: on slow links that costs more than TLS and hashing."""
+
+    # What a process waits for at once; and what of an answer may be in the TLS library's hands, and so will never be seen waiting.
+    WORTH, HELD = 64 * 1024, 32 * 1024
+
+    def __init__(self, answer, sock, length):
+        self.answer, self.sock, self.left, self.low = answer, sock, length, 0
+
+    def readinto(self, view):
+        done = 0
+        while done < len(view):
+            low = max(1, min(self.WORTH, self.left - self.HELD))
+            if low != self.low:
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low)
+                self.low = low
+            data = self.answer.read1(len(view) - done)
+            if not data:
+                break
+            view[done : done + len(data)] = data
+            done += len(data)
+            self.left -= len(data)
+        return done
+
+
 class Fetch(object):
     """Brings one model. `job`: see DOCUMENTATION of the module model_fetch; `lock` is held."""
 
@@ -675,7 +700,9 @@ class Fetch(object):
             )
             answer = connection.getresponse()
             if answer.status == 206:
-                self._copy(answer.readinto, int(answer.headers["Content-Length"]), part, digests, "peer_bytes")
+                length = int(answer.headers["Content-Length"])
+                self._copy(Patient(answer, connection.sock, length).readinto, length, part, digests, "peer_bytes")
+                answer.close()  # read1 does not; the connection stays
                 return
             answer.read()
             if answer.status != 202:  # 202: alive, and has not got further itself

@@ -66,10 +66,10 @@ def call(*command: str, text: str = "") -> str:
 class Site:
     """A hub and hosts, each behind a link of its own."""
 
-    def __init__(self, image: str, count: int, mbit: float, model: Path) -> None:
+    def __init__(self, image: str, count: int, mbit: float, mtu: int, model: Path) -> None:
         self.mbit = mbit
         self.close()
-        call("docker", "network", "create", "--label", LABEL, LABEL)
+        call("docker", "network", "create", "--label", LABEL, "--opt", f"com.docker.network.driver.mtu={mtu}", LABEL)
         self.hub = self.start(image, "hub", "-v", f"{model}:/model:ro")
         self.hosts = [self.start(image, f"host{number}") for number in range(count)]
         for weight, most in (("cpu/{}/cpu.shares", "262144"), ("{}/cpu.weight", "10000")):  # cgroups version 1 and 2
@@ -135,6 +135,13 @@ class Site:
         process.stdin.write(text)
         process.stdin.close()
         return process
+
+    def cpu_s(self) -> float:
+        """Processor time of all containers so far."""
+        first, second = (
+            Path("/sys/fs/cgroup", name.format(LABEL)) for name in ("cpuacct/{}/cpuacct.usage", "{}/cpu.stat")
+        )
+        return int(first.read_text()) / 1e9 if first.exists() else int(second.read_text().split()[1]) / 1e6
 
     def clean(self) -> None:
         for name in self.hosts:
@@ -249,6 +256,7 @@ def measure(way: str, site: Site, hosts: list[str], model: Any, folder: Path) ->
     site.clean()
     size = sum(entry["size"] for entry in model["files"])
     load, before, started = os.getloadavg()[0], site.sent(site.hub), time.monotonic()
+    cpu = site.cpu_s()
     if way == "tree":
         tree(site, hosts, model)
     elif way == "torrent":
@@ -265,11 +273,13 @@ def measure(way: str, site: Site, hosts: list[str], model: Any, folder: Path) ->
         "ratio": round(elapsed / limit, 2),
         "hub_models": round((site.sent(site.hub) - before) / size, 2),
         "mib": round(size / 2**20),
+        "cpu_s": round(site.cpu_s() - cpu, 1),
         "load": [round(load, 1), round(os.getloadavg()[0], 1)],
     }
     print(
         f"{way:8} {len(hosts):3} hosts {elapsed:7.1f} s = {result['ratio']:5.2f} x the limit of {limit:.1f} s, "
-        f"the hub sent {result['hub_models']:.2f} x the model, load {load:.1f} to {result['load'][1]:.1f}",
+        f"the hub sent {result['hub_models']:.2f} x the model, load {load:.1f} to {result['load'][1]:.1f}, "
+        f"{result['cpu_s']} s of processor time",
         flush=True,
     )
     return result
@@ -327,6 +337,9 @@ def main() -> None:
     parser.add_argument("--ways", default="line")
     parser.add_argument("--hosts", default="1,2,4,8,16")
     parser.add_argument("--mbit", type=float, default=100)
+    parser.add_argument(
+        "--mtu", type=int, default=9000, help="larger packets: this machine's kernel plays all the switches"
+    )
     parser.add_argument("--mib", type=int, default=256)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("results", nargs="?", type=Path, help="JSON that results are added to")
@@ -349,7 +362,7 @@ def main() -> None:
             (folder / f"model-{number + 1:05}-of-{FILES:05}.safetensors").write_bytes(part)
         folder.chmod(0o755)
         image = arguments.image or call(str(ROOT / "molecule/images/build.sh"), "debian12").splitlines()[-1]
-        site = Site(image, max(counts), arguments.mbit, folder)
+        site = Site(image, max(counts), arguments.mbit, arguments.mtu, folder)
         try:
             model = model_jobs.read_model(REPO, site.url)
             for way in arguments.ways.split(","):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -270,8 +271,31 @@ def test_progress_as_awx_shows_it(site: Site) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (stdout,) = (private / "artifacts").glob("*/stdout")
+    events = list((private / "artifacts").glob("*/job_events/*.json"))
+    assert events and not any(TOKEN in path.read_text() for path in [stdout, *events])
     lines = [line for line in stdout.read_text().splitlines() if "owner/tiny: fetching" in line]
     assert 2 <= len(lines) <= 12
     assert all(re.fullmatch(r"a owner/tiny: fetching \d+ %, [\d.]+ of [\d.]+ GiB(, .*)?", line) for line in lines), (
         lines
+    )
+
+
+def test_progress_in_a_terminal(site: Site) -> None:
+    """The lines are the same: plain text that scrolls, whatever else colours its own."""
+    site.hub.link = Link(1_500_000)
+    command = shlex.join(site.command("a"))
+    environment = {**site.environment, "TERM": "xterm"}
+    done = subprocess.run(
+        ["script", "-qec", command, "/dev/null"],
+        env=environment,
+        cwd=site.folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.split("\n") if "owner/tiny: fetching" in line]
+    assert len(lines) >= 2
+    assert all(
+        re.fullmatch(r"a owner/tiny: fetching \d+ %, [\d.]+ of [\d.]+ GiB(, [^\x1b\r]*)?\r?", line) for line in lines
     )

@@ -60,6 +60,15 @@ def final(job: Any) -> Path:
     return Path(model_jobs.place_of(job).final(job["model"]["commit"]))
 
 
+def assert_secret(token: str, folder: Path) -> None:
+    """In no command line of this machine, and in no file below the folder."""
+    for path in [*Path("/proc").glob("[0-9]*/cmdline"), *folder.rglob("*")]:
+        try:
+            assert not path.is_file() or token.encode() not in path.read_bytes(), path
+        except OSError:  # the process has ended
+            continue
+
+
 def test_resume_after_kill_cut_and_flip(job: Any, hub: Hub, tmp_path: Path) -> None:
     """One story, since each start of a client takes its time: killed within the file, then cut, then a flipped bit."""
     storage = "/cdn/" if job["model"]["source"] == "huggingface" else f"/repo/{BIG}"
@@ -69,6 +78,7 @@ def test_resume_after_kill_cut_and_flip(job: Any, hub: Hub, tmp_path: Path) -> N
     deadline = time.monotonic() + 60
     while not (part.exists() and part.stat().st_size >= 2_000_000) and time.monotonic() < deadline:
         time.sleep(0.02)
+    assert_secret("hf_right", tmp_path)
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
     time.sleep(0.3)
@@ -87,6 +97,7 @@ def test_resume_after_kill_cut_and_flip(job: Any, hub: Hub, tmp_path: Path) -> N
     ]
     assert asked[0].startswith(f"bytes={kept}-"), "goes on where the killed one was"
     assert not list((tmp_path / "models").rglob("*.incomplete"))
+    assert_secret("hf_right", tmp_path)
 
 
 def test_what_cannot_be_had(job: Any, hub: Hub) -> None:
