@@ -59,7 +59,7 @@ class ActionModule(ActionBase):
                 shown = now
             time.sleep(min(POLL_S, interval, 0.3 + (now - started) / 10))
             result = self._poll(task_vars)
-        if not result.get("failed") and result.get("changed"):
+        if not result.get("failed") and result.get("changed") and not self._task.check_mode:
             result["msg"] = self._summary(result["progress"], time.monotonic() - started)
             Display().display(f"{name}: {result['msg']}")
         return result

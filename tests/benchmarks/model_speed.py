@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        folder = Path(name)
+        folder = Path(name).resolve()
         origin = folder / "origin"
         origin.mkdir()
         (origin / "config.json").write_text("{}")
