@@ -88,10 +88,10 @@ def model_transfers(
                 key = (model["model"], model["source"], model["revision"], model["commit"])
                 found.setdefault(key, {})[host["name"]] = {**host, "model": model}
     if controller:
-        for key, there in list(found.items()):
+        for which, there in list(found.items()):
             others = [host["model"] for name, host in there.items() if name != controller["name"]]
             if not others:
-                del found[key]
+                del found[which]
             elif any(model["present"] for model in others):
                 there.pop(controller["name"], None)
     transfers: list[dict[str, Any]] = []
