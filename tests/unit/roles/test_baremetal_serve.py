@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What vLLM's launcher starts, with a package that stands in for vLLM and tells how it was called."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FILES = Path(__file__).resolve().parents[3] / "roles/vllm/files"
+TELL = "import json, sys\nif __name__ == '__main__':\n    print(json.dumps([{name!r}, *sys.argv[1:]]))\n"
+ARGUMENTS = ["--model", "/srv/m", "--served-model-name", "m", "--port", "8000"]
+
+
+@pytest.fixture
+def standin(tmp_path: Path) -> Path:
+    for name in ("openai.api_server", "cli.main"):
+        path = tmp_path / "vllm/entrypoints" / f"{name.replace('.', '/')}.py"
+        path.parent.mkdir(parents=True)
+        path.write_text(TELL.format(name=name))
+        (path.parent / "__init__.py").touch()
+    for folder in ("vllm", "vllm/entrypoints"):
+        (tmp_path / folder / "__init__.py").touch()
+    return tmp_path
+
+
+def started(standin: Path, *more: str) -> list[str]:
+    """The module that was run, and its arguments."""
+    done = subprocess.run(
+        [sys.executable, "-m", "baremetal_serve", *ARGUMENTS, *more],
+        env={**os.environ, "PYTHONPATH": f"{FILES}:{standin}"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    told: list[str] = json.loads(done.stdout)
+    return told
+
+
+def named(standin: Path) -> None:
+    (standin / "vllm-0.25.1.dist-info").mkdir()
+    (standin / "vllm-0.25.1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.25.1\n")
+
+
+def test_one_engine_has_one_api_server(standin: Path) -> None:
+    named(standin)
+    assert started(standin) == ["openai.api_server", *ARGUMENTS]
+
+
+def test_replicas_are_started_by_the_program(standin: Path) -> None:
+    named(standin)
+    replicas = ["--data-parallel-size", "4"]
+    assert started(standin, *replicas) == ["cli.main", "serve", "/srv/m", *ARGUMENTS[2:], *replicas]
+
+
+def test_a_build_of_another_name_has_no_program(standin: Path) -> None:
+    replicas = ["--data-parallel-size", "4"]
+    assert started(standin, *replicas) == ["openai.api_server", *ARGUMENTS, *replicas]
