@@ -11,10 +11,9 @@ the module, four replicas of a 7B on H200 were no faster at 1024 clients than on
 import runpy
 import socket
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 SERVER = "vllm.entrypoints.openai.api_server"
-PROGRAM = "vllm.entrypoints.cli.main"
+PROGRAM = "baremetal_vllm_main"
 
 
 def share(port):
@@ -29,19 +28,11 @@ def share(port):
     socket.socket.bind = shared
 
 
-def has_program():
-    """Whether `vllm serve` runs: it looks for its package by name, which builds of other names lack."""
-    try:
-        return bool(version("vllm"))
-    except PackageNotFoundError:
-        return False
-
-
 # Not in the engine's processes: they import this file under another name.
 if __name__ == "__main__":
     share(int(sys.argv[sys.argv.index("--port") + 1]))
     module = SERVER
-    if "--data-parallel-size" in sys.argv and has_program():
+    if "--data-parallel-size" in sys.argv:
         model = sys.argv.index("--model")
         sys.argv[1:] = ["serve", sys.argv[model + 1], *sys.argv[1:model], *sys.argv[model + 2 :]]
         module = PROGRAM
