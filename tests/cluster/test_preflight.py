@@ -81,10 +81,13 @@ def test_what_measuring_finds(site: Site) -> None:
     peer = site.fleet.address(THREE)
     # What host two sends to three goes to nobody: silence, as a firewall that drops.
     lost = f"ip neigh replace {peer} lladdr 02:00:00:00:00:99 dev {nic(site, TWO)} nud permanent"
-    preload = "LD_PRELOAD=/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1 FAKETIME=+45s FAKETIME_DONT_FAKE_MONOTONIC=1"
+    preload = (
+        "LD_PRELOAD=/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1 FAKETIME=+45s FAKETIME_DONT_FAKE_MONOTONIC=1"
+    )
     late = f"printf '#!/bin/sh\\n{preload} exec /usr/bin/python3 \"$@\"\\n' >/usr/local/bin/late; chmod +x /usr/local/bin/late"
     site.fleet.sh(
-        ONE, f"test -e /usr/lib/x86_64-linux-gnu/faketime || (apt-get -qq update && apt-get -qq install libfaketime); {late}"
+        ONE,
+        f"test -e /usr/lib/x86_64-linux-gnu/faketime || (apt-get -qq update && apt-get -qq install libfaketime); {late}",
     )
     began = time.monotonic()
     with fault(site, TWO, lost, f"ip neigh del {peer} dev {nic(site, TWO)}"):

@@ -87,6 +87,31 @@ def told(seconds: float, what: str) -> None:
     print(json.dumps({"figure": what, "seconds": round(seconds, 1)}))
 
 
+def test_hosts_that_do_not_agree_are_named_before_anything_is_changed(cluster: Cluster) -> None:
+    one, two, three = cluster.hosts
+    python = "/usr/local/bin/standin-python"
+    for host in cluster.hosts:
+        said = "2.60.0 3.11.9" if host == three else "2.60.0 3.11.2"
+        cluster.fleet.sh(host, f"printf '#!/bin/sh\\necho {said}\\n' >{python}; chmod +x {python}")
+    faults: list[tuple[dict[str, Any], str]] = [
+        (
+            {two: {"ray_cluster_head": two}},
+            f"two heads in one cluster ({one}, {three}: {one}; {two}: {two}): set ray_cluster_head",
+        ),
+        ({two: {"ray_cluster_version": "2.59.0"}}, "different releases of Ray in one cluster"),
+        ({two: {"ray_cluster_interface": "ib0"}}, f"{two} has no interface ib0 that is up"),
+        (
+            {host: {"ray_cluster_python": python} for host in cluster.hosts},
+            f"Python is 3.11.9 here and 3.11.2 on {one}: Ray takes only nodes of the same one, to the last digit",
+        ),
+        ({three: {"ray_cluster_python": "/usr/bin/false"}}, "/usr/bin/false has no Ray, and the cluster is Ray 2.60.0"),
+    ]
+    for each, line in faults:
+        output, changed = cluster.fleet.play(PLAY, cluster.hosts, fail=True, each=each, **cluster.settings())
+        assert line in " ".join(output.replace("'", "").split()), output[-3000:]
+        assert set(changed.values()) == {0}
+
+
 def test_it_is_formed_and_a_second_run_changes_nothing(cluster: Cluster) -> None:
     output, _ = cluster.play()
     assert "3 nodes with 6 GPUs are here" in output

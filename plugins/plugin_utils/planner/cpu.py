@@ -153,6 +153,11 @@ def _parallel_problems(service: Service, engine: Engine, layout: Layout) -> list
             )
         if number > 1 and service.executor == "ray":
             problems.append("executor is ray: over CPUs of several hosts it is mp")
+        if number > 1 and pp > 1:  # seen with 0.32.0: KeyError in the scheduler (update_from_output)
+            problems.append(
+                f"PP {pp} over CPUs of several hosts: vLLM starts so, and ends at the first request. Spread the ranks by "
+                "tensor_parallel_size alone"
+            )
         if number > 1 and not engine.mp_nodes:
             problems.append(f"executor mp does not span hosts in vLLM {engine.version}: take a release from 0.11.1 on")
     return problems
