@@ -4,7 +4,7 @@ MODEL ?=
 PORT ?=
 quickstart_vars := $(if $(MODEL),-e quickstart_model='$(MODEL)') $(if $(PORT),-e quickstart_port='$(PORT)')
 
-.PHONY: help quickstart quickstart-down test lint unit quality integration molecule soak docker-here test-vm test-dkms test-serving test-cluster
+.PHONY: help quickstart quickstart-down test lint unit quality integration molecule soak docker-here test-vm test-dkms test-driver test-serving test-cluster
 
 help: ## List the targets
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /  make \1\t/' | expand -t 44
@@ -36,6 +36,10 @@ soak: ## 240 random faults and kills while models are fetched (FAULTS=1000 SEED=
 test-vm: ## A real kernel in QEMU: nouveau, initramfs, DKMS, reboots (as root, with mmdebstrap, grub-pc-bin and qemu-system-x86)
 	@scripts/controller.sh requirements-dev.txt
 	@.venv/bin/pytest tests/vm
+
+test-driver: ## Driver changed, rolled back, removed and by packages, CUDA toolkits, on stand-ins (10 to 20 minutes)
+	@scripts/controller.sh requirements-dev.txt
+	@BAREMETAL_TEST_DRIVER_CHANGES=1 molecule/run.sh nvidia_driver_changes_standin nvidia_packages_standin cuda_toolkit_standin
 
 test-dkms: ## NVIDIA's own source built by the driver's role (Debian non-free; 5 to 10 minutes)
 	@scripts/controller.sh requirements-dev.txt
