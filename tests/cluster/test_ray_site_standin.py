@@ -159,3 +159,7 @@ def test_teardown_leaves_nothing(service: Service) -> None:
         assert service.fleet.sh(host, "ls /etc/systemd/system | grep -E 'ray-|vllm-'; pgrep -u vllm", check=False) == ""
     output, changed = service.play(playbook="playbooks/teardown.yml")
     assert set(changed.values()) == {0}, output
+    # Of a host without services nothing is removed: its owner's units are none of ours.
+    service.fleet.sh(service.head, "printf '[Service]\\nExecStart=/bin/true\\n' >/etc/systemd/system/owners.service")
+    service.play(playbook="playbooks/teardown.yml", vllm_services=[])
+    service.fleet.sh(service.head, "test -e /etc/systemd/system/owners.service")
