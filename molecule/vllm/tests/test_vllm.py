@@ -48,6 +48,12 @@ def test_unit_runs_at_boot_as_its_own_user(host):
     assert host.user("vllm").shell == "/usr/sbin/nologin"
 
 
+def test_teardown_before_left_the_owners_unit_alone(host):
+    """It once took an empty list of services for a pattern that finds all units."""
+    assert host.service("owners").is_running
+    assert host.service("owners").is_enabled
+
+
 def test_secrets_are_for_the_service_alone(host):
     for name in ("api_key", "env"):
         file = host.file(f"/etc/vllm/chat/{name}")
