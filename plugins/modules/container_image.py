@@ -32,16 +32,11 @@ options:
     default: 2
 author:
   - baremetal.vllm maintainers (@baremetal-vllm)
+extends_documentation_fragment:
+  - baremetal.vllm.attributes
 attributes:
   check_mode:
     description: Says whether the image would be fetched.
-    support: full
-  diff_mode:
-    description: There is nothing to compare.
-    support: none
-  platform:
-    description: Target platforms.
-    platforms: posix
     support: full
 """
 

@@ -42,19 +42,12 @@ options:
     type: dict
 author:
   - baremetal.vllm maintainers (@baremetal-vllm)
+extends_documentation_fragment:
+  - baremetal.vllm.attributes
+  - baremetal.vllm.attributes.reader
 attributes:
-  check_mode:
-    description: Runs the same in check mode, as it only reads.
-    support: full
-  diff_mode:
-    description: There is nothing to compare.
-    support: none
   facts:
     description: Returns an RV(ansible_facts) dictionary.
-    support: full
-  platform:
-    description: Target platforms.
-    platforms: posix
     support: full
 """
 

@@ -60,17 +60,9 @@ options:
     elements: str
 author:
   - baremetal.vllm maintainers (@baremetal-vllm)
-attributes:
-  check_mode:
-    description: Runs the same in check mode, as it only reads.
-    support: full
-  diff_mode:
-    description: There is nothing to compare.
-    support: none
-  platform:
-    description: Target platforms.
-    platforms: posix
-    support: full
+extends_documentation_fragment:
+  - baremetal.vllm.attributes
+  - baremetal.vllm.attributes.reader
 """
 
 EXAMPLES = r"""

@@ -36,16 +36,14 @@ options:
     default: /
 author:
   - baremetal.vllm maintainers (@baremetal-vllm)
+extends_documentation_fragment:
+  - baremetal.vllm.attributes
 attributes:
   check_mode:
     description: Says what would be rebuilt.
     support: full
   diff_mode:
     description: Names the files that would be made anew.
-    support: full
-  platform:
-    description: Target platforms.
-    platforms: posix
     support: full
 """
 

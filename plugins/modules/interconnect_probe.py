@@ -51,16 +51,11 @@ options:
     default: 5
 author:
   - baremetal.vllm maintainers (@baremetal-vllm)
+extends_documentation_fragment:
+  - baremetal.vllm.attributes
 attributes:
   check_mode:
     description: Runs the same in check mode, as it changes nothing.
-    support: full
-  diff_mode:
-    description: There is nothing to compare.
-    support: none
-  platform:
-    description: Target platforms.
-    platforms: posix
     support: full
 """
 

@@ -53,18 +53,13 @@ options:
     default: 120
 author:
   - baremetal.vllm maintainers (@baremetal-vllm)
+extends_documentation_fragment:
+  - baremetal.vllm.attributes
 attributes:
   check_mode:
     description: Can run in check mode.
     details: Sends nothing in check mode.
     support: partial
-  diff_mode:
-    description: There is nothing to compare.
-    support: none
-  platform:
-    description: Target platforms.
-    platforms: posix
-    support: full
 """
 
 EXAMPLES = r"""

@@ -27,6 +27,8 @@ options:
     default: 0
 author:
   - baremetal.vllm maintainers (@baremetal-vllm)
+extends_documentation_fragment:
+  - baremetal.vllm.attributes
 attributes:
   check_mode:
     description: Says whether the model would be written, and returns its configuration all the same.
@@ -34,10 +36,6 @@ attributes:
   diff_mode:
     description: The files are binary.
     support: none
-  platform:
-    description: Target platforms.
-    platforms: posix
-    support: full
 """
 
 EXAMPLES = r"""

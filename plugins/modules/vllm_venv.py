@@ -47,16 +47,11 @@ options:
     type: str
 author:
   - baremetal.vllm maintainers (@baremetal-vllm)
+extends_documentation_fragment:
+  - baremetal.vllm.attributes
 attributes:
   check_mode:
     description: Says whether the environment would be made.
-    support: full
-  diff_mode:
-    description: There is nothing to compare.
-    support: none
-  platform:
-    description: Target platforms.
-    platforms: posix
     support: full
 """
 

@@ -74,18 +74,13 @@ options:
     default: {}
 author:
   - baremetal.vllm maintainers (@baremetal-vllm)
+extends_documentation_fragment:
+  - baremetal.vllm.attributes
 attributes:
   check_mode:
     description: Can run in check mode.
     details: Does not wait in check mode, as the server need not be there yet.
     support: partial
-  diff_mode:
-    description: There is nothing to compare.
-    support: none
-  platform:
-    description: Target platforms.
-    platforms: posix
-    support: full
 """
 
 EXAMPLES = r"""

@@ -5,7 +5,7 @@
 #   tests/device/gpu_facts.sh OUT.json [PYTHON...]
 #
 # With more than one PYTHON the module runs under each, and all must tell the same but for memory in use.
-# Keep the result as tests/unit/plugins/modules/captures/NAME.json: the tests replay what they find there.
+# Keep the result as tests/unit/plugins/modules/captures/NAME_gpu_facts.json: a test has the planner read what it finds there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=$(realpath -m "${1:?usage: gpu_facts.sh OUT.json [PYTHON...]}")

@@ -26,15 +26,25 @@ def host(**changes: Any) -> dict[str, Any]:
     return {"name": "gpu1", "gpus": [A10, {**A10, "index": 1}], **changes}
 
 
-def test_the_facts_of_a_real_host() -> None:
-    """What gpu_facts said through Ansible on two H200s."""
-    captures = Path(__file__).parents[2] / "modules" / "captures"
-    parsed = parse_host({"name": "gpu1", **json.loads((captures / "h200_x2_gpu_facts.json").read_text())}, "hosts[0]")
-    assert [(gpu.name, gpu.memory_total_mib, gpu.capability) for gpu in parsed.gpus] == [
-        ("NVIDIA H200", 143771, (9, 0))
-    ] * 2
+FACTS = sorted((Path(__file__).parents[2] / "modules/captures").glob("*_gpu_facts.json"))
+
+
+@pytest.mark.parametrize("capture", FACTS, ids=lambda path: path.name)
+def test_the_facts_of_a_real_host_are_read_whole(capture: Path) -> None:
+    """What gpu_facts said through Ansible (tests/device/gpu_facts.sh)."""
+    facts = json.loads(capture.read_text())
+    parsed = parse_host({"name": "gpu1", **facts}, "hosts[0]")
+    assert [(gpu.name, gpu.memory_total_mib) for gpu in parsed.gpus] == [
+        (gpu["name"], gpu["memory_total_mib"]) for gpu in facts["gpus"]
+    ]
+    assert parsed.driver_version == facts["driver_version"]
+
+
+def test_the_facts_of_two_h200() -> None:
+    (capture,) = (path for path in FACTS if path.name.startswith("h200_x2"))
+    parsed = parse_host({"name": "gpu1", **json.loads(capture.read_text())}, "hosts[0]")
+    assert [(gpu.memory_total_mib, gpu.capability) for gpu in parsed.gpus] == [(143771, (9, 0))] * 2
     assert parsed.link([0, 1]) == "nvlink"
-    assert parsed.driver_version == "580.159.04"
 
 
 def test_the_facts_of_a_host_are_taken_as_they_are() -> None:
