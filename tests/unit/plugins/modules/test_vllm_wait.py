@@ -21,17 +21,17 @@ CAPTURES = Path(__file__).parent / "captures"
 
 
 class Clock:
-    """Time that passes only while the module sleeps, four times as fast; `at` says what happens when."""
+    """Time that passes only while the module sleeps, `speed` times as fast; `at` says what happens when."""
 
     def __init__(self) -> None:
-        self.now = 1000.0
+        self.now, self.speed = 1000.0, 4
         self.at: list[tuple[float, Callable[[], Any]]] = []
 
     def time(self) -> float:
         return self.now
 
     def sleep(self, seconds: float) -> None:
-        self.now += 4 * seconds
+        self.now += self.speed * seconds
         while self.at and self.at[0][0] <= self.now - 1000:
             self.at.pop(0)[1]()
 
@@ -180,8 +180,11 @@ INFO 08-31 09:50:46 pynccl.py:63] vLLM is using nccl==2.20.5
 STAGES = yaml.safe_load((Path(__file__).parents[4] / "roles/vllm/vars/main.yml").read_text())["__vllm_stages"]
 
 
-def test_gpus_that_never_connect_are_given_up(wait: Callable[..., Any], closed_port: str, tmp_path: Path) -> None:
+def test_gpus_that_never_connect_are_given_up(
+    wait: Callable[..., Any], clock: Clock, closed_port: str, tmp_path: Path
+) -> None:
     """Long before the limit, since the log stands still where NCCL is known to hang."""
+    clock.speed = 10
     (tmp_path / "pid").write_text("77\n")
     (tmp_path / "log").write_text(NCCL)
     message = wait(closed_port, timeout=3600, stages=STAGES)["msg"]
@@ -213,6 +216,7 @@ def test_weights_that_take_long_are_waited_for(
     wait: Callable[..., Any], clock: Clock, closed_port: str, tmp_path: Path
 ) -> None:
     """A silent log is no hang elsewhere: a slow disk says nothing for long."""
+    clock.speed = 100
     (tmp_path / "pid").write_text("77\n")
     (tmp_path / "log").write_text(NCCL + "INFO 08-31 09:50:50 model_runner.py:879] Starting to load model m...\n")
     assert "does not answer" in wait(closed_port, timeout=3000, stages=STAGES)["msg"]
