@@ -201,7 +201,11 @@ def main():
     except OSError:
         version = ""  # making the environment will say so
     wanted = {
-        "python": [params["python"], version],
+        # By whichever of its names it was called: ansible_playbook_python is python or python3.11 of one environment.
+        "python": [
+            os.path.realpath(params["python"]) if os.path.isabs(params["python"]) else params["python"],
+            version,
+        ],
         "packages": sorted(params["packages"]),
         "without": sorted(params["without"] or []),
         "torch": params["torch_backend"],

@@ -142,7 +142,7 @@ def test_a_host_leaves(service: Service) -> None:
     leaving = service.fleet.names[2]
     service.play()
     until(service.serves, 60)
-    assert service.fleet.sh(leaving, "ls /etc/systemd/system/ray-*; pgrep -f raylet", check=False) == ""
+    assert service.fleet.sh(leaving, "ls /etc/systemd/system/ray-*; pgrep -f [r]aylet", check=False) == ""
     output, changed = service.play()
     assert set(changed.values()) == {0}, output
 

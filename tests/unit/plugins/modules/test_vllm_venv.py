@@ -125,6 +125,16 @@ def test_made_once_and_anew_for_another_version(uv: str, venv: Callable[..., Any
 
 
 @pytest.mark.client
+def test_another_name_of_the_same_python_changes_nothing(
+    stand_in: Callable[..., str], venv: Callable[..., Any], tmp_path: Path
+) -> None:
+    uv = stand_in("")
+    other = tmp_path / "python3"
+    other.symlink_to(sys.executable)
+    assert venv(uv, "tinyvllm==1.0")["changed"]
+    assert not venv(uv, "tinyvllm==1.0", python=str(other))["changed"]
+
+
 def test_what_cannot_be_installed_leaves_nothing(uv: str, venv: Callable[..., Any], tmp_path: Path) -> None:
     result = venv(uv, "tinyvllm==9.0")
     assert result["msg"].startswith("cannot install tinyvllm==9.0 (nothing is left of it): error: No solution found")
