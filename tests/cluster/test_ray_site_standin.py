@@ -20,7 +20,7 @@ PLAY = ROOT / "tests/cluster/ray.yml"
 
 class Service:
     def __init__(self, fleet: Fleet) -> None:
-        self.fleet, self.size = fleet, 3
+        self.fleet, self.size, self.marker = fleet, 3, "a"
 
     @property
     def head(self) -> str:
@@ -37,6 +37,7 @@ class Service:
             "pipeline_parallel_size": self.size,
             "executor": "ray",
             "max_model_len": 512,
+            "env": {"MARKER": self.marker},
         }
         settings = {
             "vllm_existing_python": "/opt/standin/python",
@@ -95,6 +96,13 @@ def test_engines_are_placed_as_planned_and_a_second_run_changes_nothing(service:
     assert service.serves(), service.engines()
     output, changed = service.play()
     assert set(changed.values()) == {0}, output
+
+
+def test_a_changed_service_is_restarted(service: Service) -> None:
+    service.marker = "b"
+    _, changed = service.play()
+    assert changed[service.head] > 0
+    assert service.serves(), service.engines()
 
 
 def test_a_worker_host_reboots(service: Service) -> None:

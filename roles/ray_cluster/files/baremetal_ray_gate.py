@@ -44,6 +44,17 @@ def judge(nodes, expected):
     return missing, never
 
 
+def holders(table):
+    """Who holds GPUs, of ``ray.util.placement_group_table()`` (`ray list` needs the dashboard, which is off)."""
+    rows = [
+        (key[:12], row["state"], sum(bundle.get("GPU", 0) for bundle in row["bundles"].values()))
+        for key, row in sorted(table.items())
+        if row["state"] != "REMOVED"
+    ]
+    told = ["placement group %s (%s) with %g GPUs" % row for row in rows if row[2]]
+    return ", ".join(told) or "no placement group, so tasks or actors of another program"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--node", action="append", required=True, metavar="NAME=ADDRESS=GPUS")
@@ -78,9 +89,11 @@ def main():
     start, need = time.monotonic(), sum(gpus for _, _, gpus in expected)
     while command and ray.available_resources().get("GPU", 0) < need:
         if time.monotonic() - start > SETTLE_S:
+            from ray.util import placement_group_table
+
             free = ray.available_resources().get("GPU", 0)
-            print("PlacementError: %d GPUs are needed and %g are free: something else holds the others in this Ray cluster "
-                  "(`ray list placement-groups` names it)" % (need, free), flush=True)  # fmt: skip
+            print("PlacementError: %d GPUs are needed and %g are free: the others are held by %s"
+                  % (need, free, holders(placement_group_table())), flush=True)  # fmt: skip
             sys.exit(LATER)
         time.sleep(1)
     say("%d nodes with %d GPUs are here" % (len(expected), need))
