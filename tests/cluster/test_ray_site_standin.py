@@ -94,6 +94,8 @@ def test_engines_are_placed_as_planned_and_a_second_run_changes_nothing(service:
     output, _ = service.play()
     assert "3 nodes with 6 GPUs are here" in output
     assert service.serves(), service.engines()
+    for worker in service.fleet.names[1:3]:
+        assert service.fleet.sh(worker, "ls /etc/systemd/system/vllm-*", check=False) == "", "Ray places the engines"
     output, changed = service.play()
     assert set(changed.values()) == {0}, output
 
