@@ -167,7 +167,7 @@ def test_the_real_parser_takes_every_command_line(ask_vllm: Any) -> None:
     version, _, _ = ask_vllm([])
     lines: list[list[str]] = []
 
-    @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(asked(), clusters())
     def collect(services: list[dict[str, Any]], hosts: list[dict[str, Any]]) -> None:
         plan = make_plan([{**service, "engine_version": version} for service in services], hosts)
