@@ -179,6 +179,17 @@ def install_with_uv(module, params):
         raise RuntimeError(NOT_INSTALLED % (", ".join(params["packages"]), reason(output + errors)))
 
 
+def same(found, wanted):
+    """Whether a stamp is of this environment, whichever of its names the Python was called by: ansible_playbook_python is
+    python or python3.11 of one folder."""
+    (path, version), (name, asked) = found["python"], wanted["python"]
+    return (
+        dict(found, python=None) == dict(wanted, python=None)
+        and version == asked
+        and (path == name or (os.path.isabs(name) and os.path.realpath(path) == os.path.realpath(name)))
+    )
+
+
 def main():
     module = AnsibleModule(
         argument_spec={
@@ -201,11 +212,7 @@ def main():
     except OSError:
         version = ""  # making the environment will say so
     wanted = {
-        # By whichever of its names it was called: ansible_playbook_python is python or python3.11 of one environment.
-        "python": [
-            os.path.realpath(params["python"]) if os.path.isabs(params["python"]) else params["python"],
-            version,
-        ],
+        "python": [params["python"], version],
         "packages": sorted(params["packages"]),
         "without": sorted(params["without"] or []),
         "torch": params["torch_backend"],
@@ -213,8 +220,8 @@ def main():
     stamp = os.path.join(path, STAMP)
     try:
         with open(stamp) as handle:
-            changed = json.load(handle) != wanted
-    except (IOError, OSError, ValueError):
+            changed = not same(json.load(handle), wanted)
+    except (IOError, OSError, ValueError, KeyError, TypeError):
         changed = True
     if changed and not module.check_mode:
         try:

@@ -133,6 +133,8 @@ def test_another_name_of_the_same_python_changes_nothing(
     other.symlink_to(sys.executable)
     assert venv(uv, "tinyvllm==1.0")["changed"]
     assert not venv(uv, "tinyvllm==1.0", python=str(other))["changed"]
+    # host_readiness looks for the name that the host's probe gives it.
+    assert json.loads((tmp_path / "venv" / STAMP).read_text())["python"][0] == sys.executable
 
 
 def test_what_cannot_be_installed_leaves_nothing(uv: str, venv: Callable[..., Any], tmp_path: Path) -> None:
