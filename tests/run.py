@@ -73,7 +73,7 @@ STAGES: dict[str, list[Gate]] = {
     "unit": [pytest("unit", 900)],
     "quality": [pytest("quality", 1200)],
     "integration": [pytest("integration", 2700)],
-    "molecule": [Gate("scenarios", ["molecule/run.sh"], 1800)],
+    "molecule": [Gate("scenarios", ["molecule/run.sh"], 2400)],
 }
 # Stages of a lane run one after the other.
 LANES = (("lint", "unit", "quality"), ("integration", "molecule"))
