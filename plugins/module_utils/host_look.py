@@ -16,6 +16,8 @@ import subprocess
 
 PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DAEMON_JSON = "/etc/docker/daemon.json"
+DRIVER = "/proc/driver/nvidia/version"
+PCI = "/sys/bus/pci/devices"
 VERSIONLOCK = "/etc/dnf/plugins/versionlock.list"
 SOURCES = ("/etc/apt/sources.list", "/etc/apt/sources.list.d/*", "/etc/yum.repos.d/*.repo")
 
@@ -150,3 +152,34 @@ def daemon_json():
         kind = type(options).__name__
         result["error"] = "%s line 1 holds a %s where a JSON object {...} is expected" % (DAEMON_JSON, kind)
     return result
+
+
+def link(path):
+    """Name at the end of a symbolic link, empty where there is none."""
+    return os.path.basename(os.path.realpath(path)) if os.path.islink(path) else ""
+
+
+def nvidia_devices():
+    """(GPUs, switches): NVIDIA's display controllers (PCI class 03) and NVSwitches (class 0680), with the driver of each."""
+    gpus, switches = [], []
+    for path in sorted(glob.glob(os.path.join(PCI, "*"))):
+        if read(os.path.join(path, "vendor")).strip() != "0x10de":
+            continue
+        kind = read(os.path.join(path, "class")).strip()
+        row = {
+            "address": os.path.basename(path),
+            "device_id": read(os.path.join(path, "device")).strip().lower(),
+            "driver": link(os.path.join(path, "driver")),
+        }
+        if kind.startswith("0x03"):
+            gpus.append(row)
+        elif kind.startswith("0x0680"):
+            switches.append(row)
+    return gpus, switches
+
+
+def loaded_driver():
+    """(version, C(open) or C(proprietary)) of the driver that says so itself; two empty words without one."""
+    text = read(DRIVER)
+    found = re.search(r"^NVRM version:.*?(Open Kernel Module)?(?: for \S+)?\s+(\d+\.\d+(?:\.\d+)?)\s", text, re.M)
+    return (found.group(2), "open" if found.group(1) else "proprietary") if found else ("", "")

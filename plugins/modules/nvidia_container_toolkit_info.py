@@ -102,30 +102,16 @@ from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import (
     daemon_json,
     foreign_sources,
     held,
+    loaded_driver,
+    nvidia_devices,
     output,
     packages,
     read,
     sha256,
 )
 
-PCI = "/sys/bus/pci/devices"
-DRIVER = "/proc/driver/nvidia/version"
 SPECS = ("/etc/cdi", "/var/run/cdi")
 OWN = "baremetal-nvidia-container-toolkit"
-
-
-def gpus():
-    """How many NVIDIA display controllers are on the bus."""
-    return sum(
-        read(path + "/vendor").strip() == "0x10de" and read(path + "/class").startswith("0x03")
-        for path in glob.glob(PCI + "/*")
-    )
-
-
-def driver():
-    """Version of the loaded driver, empty without one."""
-    found = re.search(r"^NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", read(DRIVER), re.M)
-    return found.group(1) if found else ""
 
 
 def spec_version(text):
@@ -150,8 +136,8 @@ def look(asked):
     options = daemon_json()["options"]  # the role docker says where it is wrong
     installed = packages()
     return {
-        "gpus": gpus(),
-        "driver": driver(),
+        "gpus": len(nvidia_devices()[0]),
+        "driver": loaded_driver()[0],
         "specs": specs(),
         "refresh": "enabled" in output("systemctl", "is-enabled", "nvidia-cdi-refresh.path"),
         "packages": {name: installed[name] for name in asked["packages"] if name in installed},

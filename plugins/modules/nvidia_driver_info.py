@@ -210,6 +210,9 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import (
     held,
+    link,
+    loaded_driver,
+    nvidia_devices,
     output,
     package_lists,
     packages,
@@ -219,10 +222,8 @@ from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import (
     which,
 )
 
-PCI = "/sys/bus/pci/devices"
 MODULES = "/sys/module"
 PROC = "/proc"
-DRIVER = "/proc/driver/nvidia/version"
 NVSWITCH = "/proc/driver/nvidia-nvswitch/devices"
 EFI = "/sys/firmware/efi/efivars"
 KERNELS = "/lib/modules"
@@ -239,38 +240,13 @@ KEYS = (
 )
 
 
-def link(path):
-    """Name at the end of a symbolic link, empty where there is none."""
-    return os.path.basename(os.path.realpath(path)) if os.path.islink(path) else ""
-
-
-def pci():
-    """NVIDIA's display controllers (PCI class 03) and NVSwitches (bridges, class 0680) with the driver they are bound to."""
-    gpus, switches = [], []
-    for path in sorted(glob.glob(os.path.join(PCI, "*"))):
-        if read(os.path.join(path, "vendor")).strip() != "0x10de":
-            continue
-        kind = read(os.path.join(path, "class")).strip()
-        row = {
-            "address": os.path.basename(path),
-            "device_id": read(os.path.join(path, "device")).strip().lower(),
-            "driver": link(os.path.join(path, "driver")),
-        }
-        if kind.startswith("0x03"):
-            gpus.append(row)
-        elif kind.startswith("0x0680"):
-            switches.append(row)
-    return gpus, switches
-
-
 def loaded():
     """Version and flavour of the module that runs, {} where none does."""
-    text = read(DRIVER)
-    found = re.search(r"^NVRM version:.*?(Open Kernel Module)?(?: for \S+)?\s+(\d+\.\d+(?:\.\d+)?)\s", text, re.M)
-    if not found:
+    version, flavour = loaded_driver()
+    if not version:
         version = read(os.path.join(MODULES, "nvidia/version")).strip()
         return {"version": version, "flavour": ""} if version else {}
-    return {"version": found.group(2), "flavour": "open" if found.group(1) else "proprietary"}
+    return {"version": version, "flavour": flavour}
 
 
 def on_disk(kernel):
@@ -490,7 +466,7 @@ def look(asked):
     running = output("uname", "-r").strip()
     kernel = asked["kernel"] or running
     following = next_kernel(running)
-    gpus, switches = pci()
+    gpus, switches = nvidia_devices()
     installed = packages()
     status = dkms_rows(output("dkms", "status"), asked["module"]) if which("dkms") else []
     return {

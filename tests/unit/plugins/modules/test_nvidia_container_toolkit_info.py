@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ansible_collections.baremetal.vllm.plugins.module_utils import host_look
 from ansible_collections.baremetal.vllm.plugins.modules import nvidia_container_toolkit_info as info
 
 
@@ -22,9 +23,9 @@ def test_driver_and_specifications(
     (tmp_path / "cdi/old.json").write_text('{"kind": "nvidia.com/gpu", "hostPath": "/usr/lib/libcuda.so.550.144.03"}')
     (tmp_path / "cdi/other.yaml").write_text("kind: vendor.com/net\n")
     (tmp_path / "cdi/nvidia.yaml.former").write_text("kind: nvidia.com/gpu\n")
-    monkeypatch.setattr(info, "DRIVER", str(tmp_path / "version"))
+    monkeypatch.setattr(host_look, "DRIVER", str(tmp_path / "version"))
     monkeypatch.setattr(info, "SPECS", (str(tmp_path / "cdi"),))
-    monkeypatch.setattr(info, "PCI", str(tmp_path / "pci"))
+    monkeypatch.setattr(host_look, "PCI", str(tmp_path / "pci"))
     monkeypatch.setattr(info, "packages", lambda: {"nvidia-container-toolkit": "1.20.0-1", "bash": "5"})
     monkeypatch.setattr(info, "held", lambda: ["linux-image-amd64", "nvidia-container-toolkit"])
     settings = {"runtimes": {"nvidia": {}}, "features": True, "debug": True}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ansible_collections.baremetal.vllm.plugins.module_utils import host_look
 from ansible_collections.baremetal.vllm.plugins.modules import nvidia_driver_info
 
 
@@ -27,7 +28,7 @@ from ansible_collections.baremetal.vllm.plugins.modules import nvidia_driver_inf
 )
 def test_loaded(tmp_path, monkeypatch, line, expected):
     (tmp_path / "version").write_text(line + "\nGCC version: gcc 12\n" if line else "")
-    monkeypatch.setattr(nvidia_driver_info, "DRIVER", str(tmp_path / "version"))
+    monkeypatch.setattr(host_look, "DRIVER", str(tmp_path / "version"))
     monkeypatch.setattr(nvidia_driver_info, "MODULES", str(tmp_path))
     assert nvidia_driver_info.loaded() == expected
 
@@ -96,8 +97,8 @@ def test_gpus_and_switches_are_told_apart(tmp_path, monkeypatch):
         folder.mkdir()
         for name, value in (("vendor", vendor), ("class", kind), ("device", "0x2335")):
             (folder / name).write_text(value + "\n")
-    monkeypatch.setattr(nvidia_driver_info, "PCI", str(tmp_path))
-    gpus, switches = nvidia_driver_info.pci()
+    monkeypatch.setattr(host_look, "PCI", str(tmp_path))
+    gpus, switches = host_look.nvidia_devices()
     assert [row["address"] for row in gpus] == ["0000:17:00.0"]
     assert [row["address"] for row in switches] == ["0000:05:00.0"]
 
@@ -127,7 +128,7 @@ def test_a_disk_that_is_too_small_is_named(tmp_path):
 
 
 def test_a_host_without_gpus(run_module: Callable[..., dict[str, Any]], tmp_path, monkeypatch):
-    monkeypatch.setattr(nvidia_driver_info, "PCI", str(tmp_path))
+    monkeypatch.setattr(host_look, "PCI", str(tmp_path))
     result = run_module(nvidia_driver_info, check=True, folders={str(tmp_path): 10**9}, packages=["none"])
     assert result["changed"] is False
     assert (result["gpus"], result["smi"]["error"]) == ([], "there is no GPU")
