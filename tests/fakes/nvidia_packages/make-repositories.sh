@@ -20,7 +20,9 @@ work=$(mktemp -d)
 export DEBIAN_FRONTEND=noninteractive
 echo "APT::Sandbox::User root;" > /etc/apt/apt.conf.d/99root
 apt-get update -qq
-apt-get install -qqy --no-install-recommends gpg gpg-agent gcc libc6-dev $([ "$family" = dnf ] && echo rpm createrepo-c || echo apt-utils) > /dev/null
+builders=(apt-utils)
+[ "$family" = dnf ] && builders=(rpm createrepo-c)
+apt-get install -qqy --no-install-recommends gpg gpg-agent gcc libc6-dev "${builders[@]}" > /dev/null
 export GNUPGHOME=$work/gnupg
 mkdir -m 700 "$GNUPGHOME"
 
