@@ -17,7 +17,7 @@ quickstart-down: ## Stop what quickstart started (its files stay)
 	@scripts/controller.sh requirements.txt
 	@.venv/bin/ansible-playbook playbooks/teardown.yml -i inventories/quickstart $(quickstart_vars)
 
-test: ## Everything that needs no GPU (STAGES="lint unit quality integration molecule")
+test: ## Everything that needs no GPU (STAGES="lint unit quality integration molecule vm"; all but vm unless named)
 	@scripts/controller.sh requirements-dev.txt
 	@.venv/bin/python tests/run.py $(STAGES)
 
@@ -35,7 +35,7 @@ soak: ## 240 random faults and kills while models are fetched (FAULTS=1000 SEED=
 
 test-vm: ## A real kernel in QEMU: nouveau, initramfs, DKMS, reboots (as root, with mmdebstrap, grub-pc-bin and qemu-system-x86)
 	@scripts/controller.sh requirements-dev.txt
-	@.venv/bin/pytest tests/vm
+	@.venv/bin/python tests/run.py vm
 
 test-driver: ## Driver changed, rolled back, removed and by packages, CUDA toolkits, on stand-ins (10 to 20 minutes)
 	@scripts/controller.sh requirements-dev.txt
