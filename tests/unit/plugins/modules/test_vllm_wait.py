@@ -321,6 +321,8 @@ def test_the_cause_of_a_log(log: str, cause: str) -> None:
             "vllm_0.32.0_max_model_len.txt",
             "Value error, User-specified max_model_len (999999) is greater than the derived max_model_len",
         ),
+        ("vllm_0.32.0_port_in_use.txt", "OSError: [Errno 98] Address already in use"),
+        ("vllm_0.32.0_custom_code.txt", "Value error, The repository /models/coded contains custom code"),
     ],
 )
 def test_the_cause_of_a_real_log(capture: str, cause: str) -> None:

@@ -117,6 +117,8 @@ def test_every_row_can_be_told() -> None:
     [
         ("vllm_0.32.0_max_model_len.txt", "the model's own context is 2048 tokens. Set max_model_len: 2048"),
         ("vllm_0.32.0_unrecognized.txt", "does not know"),
+        ("vllm_0.32.0_port_in_use.txt", "another process listens on"),
+        ("vllm_0.32.0_custom_code.txt", "the model brings code of its own that has to run"),
     ],
 )
 def test_a_real_failure(capture: str, told: str) -> None:
