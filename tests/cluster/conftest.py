@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fleet import ROOT, Fleet, docker, engine
+from fleet import KEEP, ROOT, Fleet, docker, engine
 
 sys.path.insert(0, str(ROOT / "plugins" / "module_utils"))
 import random_llama
@@ -119,13 +119,16 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture(scope="session")
 def ray_fleet() -> Iterator[Fleet]:
-    """Four hosts for a Ray cluster, and a fifth that has no part in it."""
-    standin = ROOT / ".cache" / "cluster" / "standin"
-    models = ROOT / ".cache" / "cluster" / "models"
+    """Four hosts for a Ray cluster, and a fifth that has no part in it. Ray is installed once, by the role, and kept."""
+    folder = ROOT / ".cache" / "cluster"
+    standin, models, venvs = folder / "standin", folder / "models", folder / "ray"
     six(models)
     write_standin(standin)
+    venvs.mkdir(exist_ok=True)
     mounts = ["--volume", f"{standin}:/opt/standin:ro", "--volume", f"{models}:/opt/models:ro"]
-    with Fleet("raytest", 83, 5, mounts) as fleet:
+    with Fleet("raytest", 83, 5, [*mounts, "--volume", f"{venvs}:/opt/ray/venvs"]) as fleet:
+        for word in () if KEEP and list(venvs.glob("*/.baremetal-complete.json")) else ("main", "teardown"):
+            fleet.play(ROOT / "tests/cluster/ray.yml", fleet.names[:1], entry_point=word, ray_cluster_num_cpus=2)
         yield fleet
 
 

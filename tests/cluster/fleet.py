@@ -123,7 +123,7 @@ class Fleet:
                 *("run", "--detach", "--name", host, "--hostname", host, "--network", f"{self.name}-manage"),
                 *("--ip", self.manage(host), *RUN, *pip.stdout.split(), *self.mounts, image.stdout.split()[-1]),
             )
-            docker("network", "connect", "--ip", self.address(host), self.fabric, host)
+            self.mend(host)
             into = "umask 077; mkdir -p /root/.ssh; cat > /root/.ssh/authorized_keys"
             docker("exec", "-i", host, "sh", "-c", into, text=key.with_suffix(".pub").read_text())
             docker("exec", "-i", host, "sh", "-c", "cat > /etc/pip.conf", text=conf.stdout)
@@ -147,11 +147,19 @@ class Fleet:
         return docker("exec", "-i", host, "sh", "-c", script, check=check)
 
     def reboot(self, host: str) -> None:
-        docker("restart", "--time", "30", host)
-        self.booted(host)
+        docker("stop", "--time", "30", host)
+        self.cut(host)
+        self.power(host)
 
     def pull_the_plug(self, host: str) -> None:
         docker("kill", host)
+        self.cut(host)
+
+    def power(self, host: str) -> None:
+        """Starts a host that is off. Docker gives two networks their interfaces in any order: one by one, they keep theirs."""
+        docker("start", host)
+        self.mend(host)
+        self.booted(host)
 
     def cut(self, host: str) -> None:
         docker("network", "disconnect", self.fabric, host)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import PROMPTS, Site
-from fleet import docker, until
+from fleet import until
 
 
 def told(**figures: Any) -> None:
@@ -42,8 +42,7 @@ def test_a_host_that_loses_power_under_traffic(site: Site, hosts: int) -> None:
     time.sleep(10)
     site.fleet.pull_the_plug(last)
     time.sleep(15)
-    docker("start", last)
-    site.fleet.booted(last)
+    site.fleet.power(last)
     out = client.communicate(timeout=400)[0]
     figures = json.loads(out)
     told(hosts=hosts, figure="a host lost power for 15 s under one client", **figures)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import RAY_PYTHON as PYTHON
-from fleet import ROOT, Fleet, docker, until
+from fleet import ROOT, Fleet, until
 
 PLAY = ROOT / "tests/cluster/ray.yml"
 # Places one task with two GPUs on each node and prints, by address of the node, what it sees there.
@@ -69,6 +69,10 @@ class Cluster:
         out = self.on_head(f"timeout 120 {PYTHON} /opt/ray/work.py {len(self.hosts)}")
         return dict(json.loads(out.splitlines()[-1]))
 
+    def processes(self) -> dict[str, str]:
+        """By host the process that the node was started as."""
+        return {host: self.fleet.sh(host, "systemctl show --property=MainPID ray-default") for host in self.hosts}
+
     def works_everywhere(self) -> None:
         expected = {self.fleet.address(host): {"host": host, "word": host} for host in self.hosts}
         assert self.work() == expected
@@ -112,6 +116,19 @@ def test_hosts_that_do_not_agree_are_named_before_anything_is_changed(cluster: C
         assert set(changed.values()) == {0}
 
 
+def test_check_mode_says_what_it_would_do_and_does_nothing(cluster: Cluster) -> None:
+    output, changed = cluster.play("--check", "--diff", ray_cluster_root="/opt/elsewhere")
+    assert all(changed[host] for host in cluster.hosts), changed
+    for line in (
+        "+Description=Ray node of cluster default",
+        f"+  --node-ip-address={cluster.fleet.address(cluster.head)} ",
+    ):
+        assert line in output
+    places = "/etc/ray /var/lib/ray /opt/elsewhere /etc/systemd/system/ray-default.service"
+    for host in cluster.hosts[1:]:  # Ray was installed on the first one
+        assert cluster.fleet.sh(host, f"ls -d {places} 2>/dev/null; id -u ray 2>/dev/null", check=False) == ""
+
+
 def test_it_is_formed_and_a_second_run_changes_nothing(cluster: Cluster) -> None:
     output, _ = cluster.play()
     assert "3 nodes with 6 GPUs are here" in output
@@ -121,6 +138,19 @@ def test_it_is_formed_and_a_second_run_changes_nothing(cluster: Cluster) -> None
     output, changed = cluster.play()
     assert changed == dict.fromkeys(cluster.hosts, 0), output
     cluster.works_everywhere()
+
+
+def test_check_mode_on_a_cluster_that_runs(cluster: Cluster) -> None:
+    before = cluster.processes()
+    output, changed = cluster.play("--check", "--diff")
+    assert changed == dict.fromkeys(cluster.hosts, 0), output
+    output, changed = cluster.play(
+        "--check", "--diff", ray_cluster_num_cpus=3, each={cluster.head: {"ray_cluster_num_cpus": 2}}
+    )
+    assert [host for host in cluster.hosts if changed[host]] == cluster.hosts[1:]
+    assert "-  --num-cpus=2\n+  --num-cpus=3" in output
+    assert cluster.fleet.sh(cluster.head, "cat /etc/ray/default/token") not in output
+    assert cluster.processes() == before
 
 
 def test_a_token_is_asked_for(cluster: Cluster) -> None:
@@ -164,9 +194,8 @@ def test_a_worker_that_loses_power_comes_back(cluster: Cluster) -> None:
     worker = cluster.hosts[2]
     cluster.fleet.pull_the_plug(worker)
     until(lambda: cluster.nodes() == 2, 120, "a cluster without it")
-    docker("start", worker)
     started = time.monotonic()
-    cluster.fleet.booted(worker)
+    cluster.fleet.power(worker)
     until(lambda: cluster.nodes() == 3, 120)
     told(time.monotonic() - started, "worker host lost power: back after its start")
     cluster.works_everywhere()
@@ -195,12 +224,14 @@ def test_the_network_is_cut_for_a_minute(cluster: Cluster) -> None:
 
 
 def test_a_worker_is_added_and_the_others_go_on(cluster: Cluster) -> None:
-    before = {host: cluster.fleet.sh(host, "systemctl show --property=MainPID ray-default") for host in cluster.hosts}
+    before = cluster.processes()
     cluster.hosts = cluster.fleet.names[:4]
+    _, said = cluster.play("--check")
     output, changed = cluster.play()
     assert "4 nodes with 8 GPUs are here" in output
-    assert before == {host: cluster.fleet.sh(host, "systemctl show --property=MainPID ray-default") for host in before}
-    assert [host for host in changed if changed[host]] == [cluster.hosts[3]]
+    assert before.items() <= cluster.processes().items()
+    for hosts in (said, changed):
+        assert [host for host in hosts if hosts[host]] == [cluster.hosts[3]]
     cluster.works_everywhere()
 
 

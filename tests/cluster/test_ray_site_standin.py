@@ -15,8 +15,6 @@ from typing import Any
 import pytest
 from fleet import ROOT, Fleet, until
 
-PLAY = ROOT / "tests/cluster/ray.yml"
-
 
 class Service:
     def __init__(self, fleet: Fleet) -> None:
@@ -71,23 +69,22 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(ray_fleet: Fleet) -> Service:
-    hosts = ray_fleet.names[:3]
-    for host in hosts:
+    for host in ray_fleet.names[:3]:
         ray_fleet.sh(host, "ln -sf /opt/standin/nvidia-smi /usr/local/bin/nvidia-smi")
-    if "missing" in ray_fleet.sh(hosts[0], "test -e /opt/ray/venvs || echo missing"):
-        for word in ("main", "teardown"):  # leaves the environment with Ray
-            ray_fleet.play(
-                PLAY,
-                hosts,
-                entry_point=word,
-                ray_cluster_network=f"10.{ray_fleet.number}.1.0/24",
-                ray_cluster_num_cpus=2,
-            )
     return Service(ray_fleet)
 
 
 def told(seconds: float, what: str) -> None:
     print(json.dumps({"figure": what, "seconds": round(seconds, 1)}))
+
+
+def test_check_mode_on_fresh_hosts(service: Service) -> None:
+    output, changed = service.play("--check", "--diff")
+    assert all(changed[host] for host in service.fleet.names[:3]), changed
+    assert "+Description=Ray node of cluster chat" in output
+    assert "+Description=vLLM chat" in output
+    for host in service.fleet.names[:3]:
+        assert service.fleet.sh(host, "ls -d /etc/ray/chat /etc/vllm /etc/systemd/system/*-chat*", check=False) == ""
 
 
 def test_engines_are_placed_as_planned_and_a_second_run_changes_nothing(service: Service) -> None:
@@ -101,16 +98,22 @@ def test_engines_are_placed_as_planned_and_a_second_run_changes_nothing(service:
 
 
 def test_a_changed_service_is_restarted(service: Service) -> None:
+    began = service.show("MainPID")
+    _, said = service.play("--check")
+    assert set(said.values()) == {0}
     service.marker = "b"
+    _, said = service.play("--check")
+    assert service.show("MainPID") == began
     _, changed = service.play()
     assert changed[service.head] > 0
+    assert [host for host in said if said[host]] == [host for host in changed if changed[host]]
     assert service.serves(), service.engines()
 
 
 def test_a_worker_host_reboots(service: Service) -> None:
     service.fleet.pull_the_plug(service.fleet.names[1])
     until(lambda: not service.engines(), 90, "the end of the server")
-    service.fleet.reboot(service.fleet.names[1])
+    service.fleet.power(service.fleet.names[1])
     started = time.monotonic()
     until(service.serves, 180)
     told(time.monotonic() - started, "ray: served again after the boot of a worker host")

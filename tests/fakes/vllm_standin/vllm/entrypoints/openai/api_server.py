@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -77,10 +78,10 @@ class Requests(BaseHTTPRequestHandler):
         pass
 
 
-def place_engines(number: int) -> None:
-    """Fills `engines` with the node of each; ends this process when one of them ends."""
+def place_engines(number: int) -> Callable[[], None]:
+    """Fills `engines` with the node of each and ends this process when one of them ends. Returns what gives them back."""
     import ray
-    from ray.util.placement_group import placement_group
+    from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     ray.init(address=os.environ["RAY_ADDRESS"], logging_level="ERROR", log_to_driver=False)
@@ -98,16 +99,29 @@ def place_engines(number: int) -> None:
     ]
     engines.extend(ray.get([actor.where.remote() for actor in actors], timeout=120))
 
+    leaving = threading.Event()
+
     def watch() -> None:
-        while True:
-            time.sleep(1)
+        while not leaving.wait(1):
             try:
                 ray.get([actor.where.remote() for actor in actors], timeout=20)
             except Exception as error:
                 print(f"vllm.v1.engine.exceptions.EngineDeadError: {type(error).__name__}", flush=True)
                 os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+
+    def give_back() -> None:
+        # A call after ray.shutdown() would connect anew, with a job that nobody ends.
+        leaving.set()
+        watcher.join()
+        for actor in actors:
+            ray.kill(actor)
+        remove_placement_group(group)
+        ray.shutdown()
+
+    return give_back
 
 
 def main() -> None:
@@ -119,8 +133,9 @@ def main() -> None:
     if failure := os.environ.get("STANDIN_FAIL"):
         print(Path(failure).read_text(), flush=True)
         sys.exit(1)
+    give_back: Callable[[], None] = lambda: None  # noqa: E731
     if options.distributed_executor_backend == "ray":
-        place_engines(options.tensor_parallel_size * options.pipeline_parallel_size)
+        give_back = place_engines(options.tensor_parallel_size * options.pipeline_parallel_size)
     print(END % options.port, flush=True)
     server = ThreadingHTTPServer((options.host, options.port), Requests, bind_and_activate=False)
     server.socket.close()
@@ -129,6 +144,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
     server.serve_forever(0.1)
     server.server_close()
+    give_back()
 
 
 if __name__ == "__main__":
