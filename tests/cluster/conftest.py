@@ -85,11 +85,11 @@ class Site:
         code = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:8000/health', timeout=5).status)"
         return self.fleet.sh(self.fleet.names[0], f'python3 -c "{code}"', check=False).endswith("200")
 
-    def traffic(self, seconds: int) -> subprocess.Popen[str]:
+    def traffic(self, seconds: int, after: int) -> subprocess.Popen[str]:
         head = self.fleet.names[0]
         docker("cp", str(ROOT / "tests/benchmarks/lost_requests.py"), f"{head}:/root/")
         model = json.loads(self.fleet.sh(head, "cat /etc/vllm/chat/endpoint.json"))["model"]
-        words = ["http://127.0.0.1:8000/v1", "/etc/vllm/chat/api_key", model, str(seconds)]
+        words = ["http://127.0.0.1:8000/v1", "/etc/vllm/chat/api_key", model, str(seconds), str(after)]
         return subprocess.Popen(
             ["docker", "exec", head, "python3", "/root/lost_requests.py", *words], stdout=subprocess.PIPE, text=True
         )

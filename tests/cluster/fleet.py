@@ -118,10 +118,13 @@ class Fleet:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
         for third, network in ((0, f"{self.name}-manage"), (1, self.fabric)):
             docker("network", "create", "--subnet", f"10.{self.number}.{third}.0/24", network)
+        # Below Docker's own group all hosts together would get the processor time of one process outside.
+        driver = docker("info", "--format", "{{.CgroupDriver}}")
+        group = ["--cgroup-parent", "/"] if driver == "cgroupfs" else []
         for host in self.names:
             docker(
                 *("run", "--detach", "--name", host, "--hostname", host, "--network", f"{self.name}-manage"),
-                *("--ip", self.manage(host), *RUN, *pip.stdout.split(), *self.mounts, image.stdout.split()[-1]),
+                *("--ip", self.manage(host), *RUN, *group, *pip.stdout.split(), *self.mounts, image.stdout.split()[-1]),
             )
             self.mend(host)
             into = "umask 077; mkdir -p /root/.ssh; cat > /root/.ssh/authorized_keys"
@@ -145,6 +148,17 @@ class Fleet:
 
     def sh(self, host: str, script: str, check: bool = True) -> str:
         return docker("exec", "-i", host, "sh", "-c", script, check=check)
+
+    def reaches(self, source: str, address: str, port: int) -> bool:
+        code = f'import socket; socket.create_connection((\\"{address}\\", {port}), 2)'
+        return self.sh(source, f'python3 -c "{code}" 2>/dev/null && echo yes', check=False) == "yes"
+
+    def listening(self, host: str) -> set[int]:
+        """TCP ports that can be reached from elsewhere, if nothing keeps them closed; not that of sshd."""
+        places = self.sh(host, "ss -Hltn | awk '{print $4}'").split()
+        return {
+            int(place.rpartition(":")[2]) for place in places if not re.match(r"\[?(::ffff:)?127\.|\[::1\]", place)
+        } - {22}
 
     def reboot(self, host: str) -> None:
         docker("stop", "--time", "30", host)

@@ -77,10 +77,6 @@ class Cluster:
         expected = {self.fleet.address(host): {"host": host, "word": host} for host in self.hosts}
         assert self.work() == expected
 
-    def reaches(self, source: str, address: str, port: int) -> bool:
-        code = f'import socket; socket.create_connection((\\"{address}\\", {port}), 2)'
-        return self.fleet.sh(source, f'python3 -c "{code}" && echo yes', check=False).endswith("yes")
-
 
 @pytest.fixture(scope="module")
 def cluster(ray_fleet: Fleet) -> Cluster:
@@ -129,6 +125,11 @@ def test_check_mode_says_what_it_would_do_and_does_nothing(cluster: Cluster) -> 
         assert cluster.fleet.sh(host, f"ls -d {places} 2>/dev/null; id -u ray 2>/dev/null", check=False) == ""
 
 
+def test_check_mode_with_an_environment_that_is_yet_to_come(cluster: Cluster) -> None:
+    third = cluster.hosts[2]
+    cluster.play("--check", ray_cluster_python=PYTHON, each={third: {"ray_cluster_python": "/opt/to_come/bin/python"}})
+
+
 def test_it_is_formed_and_a_second_run_changes_nothing(cluster: Cluster) -> None:
     output, _ = cluster.play()
     assert "3 nodes with 6 GPUs are here" in output
@@ -171,13 +172,12 @@ def test_a_token_is_asked_for(cluster: Cluster) -> None:
 def test_nobody_else_reaches_its_ports(cluster: Cluster) -> None:
     worker, stranger = cluster.hosts[1], cluster.fleet.names[4]
     manage, fabric = cluster.fleet.manage(cluster.head), cluster.fleet.address(cluster.head)
-    listening = cluster.fleet.sh(cluster.head, "ss -Hltn | awk '{print $4}'").split()
-    ports = {int(place.rpartition(":")[2]) for place in listening if not place.startswith("127.")} - {22}
+    ports = cluster.fleet.listening(cluster.head)
     assert {6379, 6380, 6381} <= ports
     assert 8265 not in ports  # the dashboard
-    assert cluster.reaches(stranger, manage, 22)
-    assert cluster.reaches(worker, fabric, 6379)
-    assert [port for port in sorted(ports) if cluster.reaches(stranger, manage, port)] == []
+    assert cluster.fleet.reaches(stranger, manage, 22)
+    assert cluster.fleet.reaches(worker, fabric, 6379)
+    assert [port for port in sorted(ports) if cluster.fleet.reaches(stranger, manage, port)] == []
 
 
 def test_a_worker_that_is_killed_comes_back(cluster: Cluster) -> None:

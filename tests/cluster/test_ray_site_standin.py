@@ -128,6 +128,25 @@ def test_the_head_host_reboots(service: Service) -> None:
     assert set(changed.values()) == {0}, output
 
 
+def test_with_rules_only_hosts_of_the_service_reach_ports(service: Service) -> None:
+    """A stranger on both networks: on the engines' own one, it reaches Ray without rules, which its token alone guards."""
+    fleet, stranger = service.fleet, service.fleet.names[4]
+    address, manage = fleet.address(service.head), fleet.manage(service.head)
+    assert fleet.reaches(stranger, address, 6379)
+    assert not fleet.reaches(stranger, manage, 6379)
+    service.play(vllm_interconnect_firewall=True)
+    until(service.serves, 60)
+    ports = sorted(fleet.listening(service.head))
+    assert {6379, 6380, 6381} <= set(ports)
+    for place in (address, manage):
+        assert [port for port in ports if fleet.reaches(stranger, place, port)] == []
+    assert [port for port in ports if not fleet.reaches(fleet.names[1], address, port)] == []
+    _, changed = service.play(vllm_interconnect_firewall=True)
+    assert set(changed.values()) == {0}
+    service.play()
+    assert fleet.reaches(stranger, address, 6379)
+
+
 def test_a_placement_that_cannot_be_met_ends_at_once(service: Service) -> None:
     worker = service.fleet.names[1]
     start = "/etc/ray/chat/start.sh"
