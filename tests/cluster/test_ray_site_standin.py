@@ -99,8 +99,6 @@ def test_engines_are_placed_as_planned_and_a_second_run_changes_nothing(service:
 
 def test_a_changed_service_is_restarted(service: Service) -> None:
     began = service.show("MainPID")
-    _, said = service.play("--check")
-    assert set(said.values()) == {0}
     service.marker = "b"
     _, said = service.play("--check")
     assert service.show("MainPID") == began
