@@ -59,6 +59,7 @@ def play(ansible: Path, inventory: Path, playbook: Path, roles: Path | None) -> 
     started = time.monotonic()
     done = subprocess.run(
         ["ansible-playbook", "-i", inventory, playbook],
+        cwd=inventory.parent,  # not by this repository's ansible.cfg
         env=kept | {name: value for name, value in settings.items() if value},
         stdin=subprocess.DEVNULL,
         capture_output=True,
