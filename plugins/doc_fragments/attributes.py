@@ -29,3 +29,17 @@ attributes:
     description: Runs the same in check mode, as it only reads.
     support: full
 """
+
+    LOOK = r"""
+options:
+  packages:
+    description: Names of packages whose version is wanted.
+    type: list
+    elements: str
+    default: []
+  files:
+    description: Files whose checksum is wanted.
+    type: list
+    elements: path
+    default: []
+"""

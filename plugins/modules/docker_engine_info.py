@@ -14,25 +14,20 @@ version_added: 0.1.0
 description:
   - The engine that is installed and the one that runs, their settings, unit and packages. Never changes or starts anything.
 options:
-  packages:
-    description: Names of packages whose version is wanted.
-    type: list
-    elements: str
-    default: []
-  files:
-    description: Files whose checksum is wanted.
-    type: list
-    elements: path
-    default: []
   nofile:
     description: Open files that a container is to be allowed.
     type: int
     default: 0
+  settings:
+    description: Text of a daemon.json that the engine is asked to judge, without being started or anything being written.
+    type: str
+    default: ""
 author:
   - baremetal.vllm maintainers (@baremetal-vllm)
 extends_documentation_fragment:
   - baremetal.vllm.attributes
   - baremetal.vllm.attributes.reader
+  - baremetal.vllm.attributes.look
 """
 
 EXAMPLES = r"""
@@ -42,6 +37,11 @@ EXAMPLES = r"""
     files: [/etc/docker/daemon.json]
     nofile: 1048576
   register: docker
+
+- name: Ask the engine whether it would start with other settings
+  baremetal.vllm.docker_engine_info:
+    settings: '{"live-restore": true}'
+  register: asked
 """
 
 RETURN = r"""
@@ -79,6 +79,10 @@ nofile_possible:
   description: Whether O(nofile) is within what this host allows.
   returned: success
   type: bool
+objection:
+  description: Why the engine would not start with O(settings), empty where it would or none is there to ask.
+  returned: success
+  type: str
 package_lists:
   description: Whether packages can be looked up already.
   returned: success
@@ -113,6 +117,7 @@ import os
 import re
 import resource
 import socket
+import tempfile
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -124,6 +129,7 @@ from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import (
     package_lists,
     packages,
     read,
+    run,
     sha256,
     which,
 )
@@ -132,6 +138,9 @@ ENGINE_ENV = "/etc/docker/engine.env"
 DROP_INS = "/etc/systemd/system/docker.service.d/*.conf"
 SOCKETS = ("/run/docker.sock", "/var/run/docker.sock")
 PIDFILES = ("/run/docker.pid", "/var/run/docker.pid")
+# dockerd has --validate since 23.0. An older one reads and judges the file first and this flag afterwards, so that the complaint about
+# the flag, and no other, says that the file is good.
+NO_SUCH_LEVEL = "validate-only"
 REPOSITORY = r"download\.docker\.com/linux|docker-ce/linux"
 
 
@@ -218,6 +227,23 @@ def nofile_possible(wanted):
     return True
 
 
+def objection(dockerd, version, arguments, text):
+    """What this dockerd, called as its unit calls it, has against a daemon.json; a setting made in both places is found, too."""
+    old = int(version.split(".")[0]) < 23
+    if old:
+        options = json.loads(text)
+        options.pop("log-level", None)  # would be said twice: here and by the flag
+        text = json.dumps(options)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as settings:
+        settings.write(text)
+        settings.flush()
+        command = [dockerd] + arguments + ["--config-file", settings.name]
+        status, said = run(*(command + (["--log-level", NO_SUCH_LEVEL] if old else ["--validate"])), timeout=30)
+    if status == 0 or (old and "unable to parse logging level: " + NO_SUCH_LEVEL in said):
+        return ""
+    return said.strip().replace(settings.name, DAEMON_JSON) or "dockerd gave no answer within 30 seconds"
+
+
 def look(asked):
     pid = engine_pid()
     start = started_at(pid) if pid else 0.0
@@ -225,13 +251,14 @@ def look(asked):
     version = re.search(r"version ([0-9][^,\s]*)", output(dockerd, "--version")) if dockerd else None
     nofile_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     installed = packages()
+    service = unit()
     # What the engine reads once, when it starts: newer than the engine means not in force yet.
     read_at_start = [DAEMON_JSON, ENGINE_ENV] + sorted(glob.glob(DROP_INS))
     return {
         "pid1": read("/proc/1/comm").strip(),
         "dockerd": dockerd,
         "version": version.group(1) if version else "",
-        "unit": unit(),
+        "unit": service,
         "pid": pid,
         # A second of grace: file times and process times come from clocks of different steps.
         "newer_files": [
@@ -240,6 +267,9 @@ def look(asked):
         "info": engine_info() if pid else {},
         "daemon_json": daemon_json(),
         "packages": {name: installed[name] for name in asked["packages"] if name in installed},
+        "objection": objection(dockerd, version.group(1), service["arguments"], asked["settings"])
+        if version and asked["settings"]
+        else "",
         "foreign_sources": foreign_sources(REPOSITORY, "baremetal-docker"),
         "package_lists": package_lists(),
         "files": {path: sha256(path) for path in asked["files"]},
@@ -254,6 +284,7 @@ def main():
             "packages": {"type": "list", "elements": "str", "default": []},
             "files": {"type": "list", "elements": "path", "default": []},
             "nofile": {"type": "int", "default": 0},
+            "settings": {"type": "str", "default": "", "no_log": True},  # proxies may have passwords
         },
         supports_check_mode=True,
     )

@@ -14,16 +14,6 @@ version_added: 0.1.0
 description:
   - GPUs and the driver, CDI specifications and the driver they were made for, packages, and Docker's part. Never changes anything.
 options:
-  packages:
-    description: Names of packages whose version is wanted.
-    type: list
-    elements: str
-    default: []
-  files:
-    description: Files whose checksum is wanted.
-    type: list
-    elements: path
-    default: []
   note:
     description: File that says what a container was last seen to work with.
     type: path
@@ -33,6 +23,7 @@ author:
 extends_documentation_fragment:
   - baremetal.vllm.attributes
   - baremetal.vllm.attributes.reader
+  - baremetal.vllm.attributes.look
 """
 
 EXAMPLES = r"""

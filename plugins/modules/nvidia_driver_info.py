@@ -40,21 +40,12 @@ options:
     description: Seconds to wait for nvidia-smi, which hangs when a GPU is in trouble.
     type: int
     default: 60
-  packages:
-    description: Names of packages whose version is wanted.
-    type: list
-    elements: str
-    default: []
-  files:
-    description: Files whose checksum is wanted.
-    type: list
-    elements: path
-    default: []
 author:
   - baremetal.vllm maintainers (@baremetal-vllm)
 extends_documentation_fragment:
   - baremetal.vllm.attributes
   - baremetal.vllm.attributes.reader
+  - baremetal.vllm.attributes.look
 """
 
 EXAMPLES = r"""

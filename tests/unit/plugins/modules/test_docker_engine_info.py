@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -35,3 +36,53 @@ def test_a_host_without_an_engine(run_module: Callable[..., dict[str, Any]], mon
     assert result["packages"] == {"docker-ce": "5:29.1.3"}
     assert result["files"] == {"/none": ""}
     assert result["nofile_possible"] is True
+
+
+DOCKERD = """#!/bin/sh
+[ "$*" = --version ] && {{ echo "Docker version {version}, build 1"; exit; }}
+echo "$*" > {folder}/arguments
+while [ "$1" != --config-file ]; do shift; done
+cat "$2" > {folder}/settings
+{new} && for word; do [ "$word" = --validate ] && exit 0; done
+echo "$2: {says}" >&2
+exit 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "new", "says", "objection"),
+    [
+        ("28.1.0", True, "", ""),
+        ("28.1.0", False, "unknown option", "/etc/docker/daemon.json: unknown option"),
+        ("20.10.24", False, "unable to parse logging level: validate-only", ""),
+        ("20.10.24", False, "unable to parse: x", "/etc/docker/daemon.json: unable to parse: x"),
+    ],
+)
+def test_the_engine_judges_settings(
+    run_module: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    new: bool,
+    says: str,
+    objection: str,
+) -> None:
+    dockerd = tmp_path / "dockerd"
+    dockerd.write_text(DOCKERD.format(version=version, folder=tmp_path, new=str(new).lower(), says=says))
+    dockerd.chmod(0o755)
+    monkeypatch.setattr(docker_engine_info, "which", lambda name: str(dockerd))
+    monkeypatch.setattr(docker_engine_info, "PIDFILES", ())
+    monkeypatch.setattr(docker_engine_info, "unit", lambda: {"arguments": ["-H", "fd://"]})
+    result = run_module(docker_engine_info, check=True, settings='{"log-level": "info", "debug": true}')
+    assert result["objection"] == objection
+    assert (tmp_path / "arguments").read_text().startswith("-H fd:// --config-file ")
+    # An old one takes no level in both places.
+    assert ("log-level" in json.loads((tmp_path / "settings").read_text())) is version.startswith("28")
+
+
+def test_without_settings_nothing_is_asked(
+    run_module: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(docker_engine_info, "which", lambda name: "/no/dockerd")
+    monkeypatch.setattr(docker_engine_info, "PIDFILES", ())
+    assert run_module(docker_engine_info)["objection"] == ""
