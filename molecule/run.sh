@@ -41,7 +41,8 @@ fi
 passed=0 failed=0
 for scenario in "${scenarios[@]}"; do
   started=$SECONDS
-  if molecule test --scenario-name "$scenario" >"$logs/$scenario.log" 2>&1 </dev/null; then
+  if molecule test --scenario-name "$scenario" >"$logs/$scenario.log" 2>&1 </dev/null &&
+    python3 molecule/shared/honest.py "$logs/$scenario.log" >>"$logs/$scenario.log" 2>&1; then
     passed=$((passed + 1))
     echo "molecule: $scenario passed in $((SECONDS - started)) s ($(grep -Eo '[0-9]+ passed.* in ' "$logs/$scenario.log" | tail -n 1)its tests)"
   else

@@ -12,7 +12,7 @@ module: cuda_toolkit_info
 short_description: Which CUDA toolkits are on a host
 version_added: 0.1.0
 description:
-  - Toolkits whose nvcc answers, and where C(/usr/local/cuda) leads. Never changes anything.
+  - Toolkits whose nvcc answers, the compiler that it calls, and where C(/usr/local/cuda) leads. Never changes anything.
 options:
   files:
     description: Files whose checksum is wanted.
@@ -33,6 +33,10 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+compiler:
+  description: Version of g++, empty without one.
+  returned: success
+  type: str
 files:
   description: SHA-256 of each of O(files), empty where it is missing.
   returned: success
@@ -41,6 +45,10 @@ link:
   description: Where C(/usr/local/cuda) leads, empty where it is no link.
   returned: success
   type: str
+link_blocked:
+  description: Whether C(/usr/local/cuda) is a file or a folder that is not empty, which no link replaces.
+  returned: success
+  type: bool
 toolkits:
   description: Full version of the toolkit of each series.
   returned: success
@@ -55,7 +63,7 @@ import re
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import read, run, sha256
+from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import output, read, run, sha256
 
 COMPILERS = "/usr/local/cuda-*/bin/nvcc"
 LINK = "/usr/local/cuda"
@@ -77,6 +85,11 @@ def toolkits():
     return found
 
 
+def link_blocked():
+    """Whether something other than a link is in its place; an empty folder gives way."""
+    return os.path.lexists(LINK) and not os.path.islink(LINK) and not (os.path.isdir(LINK) and not os.listdir(LINK))
+
+
 def main():
     module = AnsibleModule(
         argument_spec={"files": {"type": "list", "elements": "path", "default": []}},
@@ -85,7 +98,9 @@ def main():
     module.exit_json(
         changed=False,
         toolkits=toolkits(),
+        compiler=output("g++", "-dumpfullversion", "-dumpversion").strip(),
         link=os.path.realpath(LINK) if os.path.islink(LINK) else "",
+        link_blocked=link_blocked(),
         files={path: sha256(path) for path in module.params["files"]},
     )
 

@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # Proves that a container sees the GPUs, and that it still does after systemctl daemon-reload, which takes them away where the engine
 # gives them by other means than CDI. The image is made of this host's own shell and C library, so that no registry is needed.
-# Arguments: how many GPUs there are.
+# Arguments: how many GPUs there are, then the options by which docker run gives all of them.
 set -eu
 wanted=$1
+shift
 name=baremetal-gpu-acceptance
 image=baremetal-gpu-acceptance:local
 folder=$(mktemp -d)
@@ -28,7 +29,7 @@ for library in libdl.so.2 libpthread.so.0 librt.so.1 libm.so.6; do
 done
 tar -C "$folder" -c . | docker import - "$image" >/dev/null
 docker rm --force "$name" >/dev/null 2>&1 || true
-docker run --detach --name "$name" --network none --device nvidia.com/gpu=all "$image" /bin/sh -c 'sleep 600' >/dev/null
+docker run --detach --name "$name" --network none "$@" "$image" /bin/sh -c 'sleep 600' >/dev/null
 
 seen() {
   docker exec "$name" nvidia-smi -L 2>&1 || true

@@ -22,19 +22,17 @@ package() { # name, version, depends
 
 for version in "$@"; do
   base=$work/nvidia-container-toolkit-base
-  mkdir -p "$base/usr/bin" "$base/etc/systemd/system" "$base/DEBIAN"
+  mkdir -p "$base/usr/bin" "$base/usr/lib/systemd/system" "$base/DEBIAN"
   sed "s/@VERSION@/${version%-*}/" "$here/nvidia-ctk" > "$base/usr/bin/nvidia-ctk"
   chmod 755 "$base/usr/bin/nvidia-ctk"
-  printf '[Unit]\nDescription=Refresh NVIDIA CDI specification file\n[Service]\nType=oneshot\nExecStartPre=/bin/mkdir -p /var/run/cdi\nExecStart=/usr/bin/nvidia-ctk cdi generate --output=/var/run/cdi/nvidia.yaml\n' \
-    > "$base/etc/systemd/system/nvidia-cdi-refresh.service"
-  printf '[Path]\nPathChanged=/lib/modules/standin/modules.dep\n[Install]\nWantedBy=multi-user.target\n' > "$base/etc/systemd/system/nvidia-cdi-refresh.path"
-  printf '#!/bin/sh\nsystemctl daemon-reload\nsystemctl enable --now nvidia-cdi-refresh.path\n' > "$base/DEBIAN/postinst"
+  cp "$here"/nvidia-cdi-refresh.* "$base/usr/lib/systemd/system/"
+  { echo '#!/bin/sh'; cat "$here/postinst"; } > "$base/DEBIAN/postinst"
   chmod 755 "$base/DEBIAN/postinst"
   package nvidia-container-toolkit-base "$version" ""
   package libnvidia-container1 "$version" ""
   package libnvidia-container-tools "$version" "libnvidia-container1 (= $version)"
   mkdir -p "$work/nvidia-container-toolkit/usr/bin"
-  printf '#!/bin/sh\nexec runc "$@"\n' > "$work/nvidia-container-toolkit/usr/bin/nvidia-container-runtime"
+  cp "$here/nvidia-container-runtime" "$work/nvidia-container-toolkit/usr/bin/"
   chmod 755 "$work/nvidia-container-toolkit/usr/bin/nvidia-container-runtime"
   package nvidia-container-toolkit "$version" "nvidia-container-toolkit-base (= $version), libnvidia-container-tools (= $version)"
 done

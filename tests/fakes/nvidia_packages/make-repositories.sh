@@ -122,14 +122,14 @@ deb() { # folder, name, version, further fields, postinst
   dpkg-deb --build -Zgzip -z1 --root-owner-group "$work/tree" "$to/$1/${2}_${3##*:}_amd64.deb" > /dev/null
   tree
 }
-rpm_of() { # folder, name, version, release, further lines of the header, %post
+rpm_of() { # folder, name, version, release, further lines of the header, %post, %preun (of a DKMS module where it is left out)
   mkdir -p "$to/$1"
   {
     printf '%%global debug_package %%{nil}\n%%global __os_install_post %%{nil}\nAutoReqProv: no\nName: %s\nVersion: %s\nRelease: %s\nSummary: stand-in\nLicense: GPL-3.0-or-later\n%b\n' \
       "$2" "$3" "$4" "${5:-}"
     printf '%%description\nstand-in\n%%install\nmkdir -p %%{buildroot}\ncp -a %s/tree/. %%{buildroot}/\n' "$work"
     if [ -n "${6:-}" ]; then
-      printf '%%post\n%s\n%%preun\ndkms remove -m nvidia -v %s --all || true\n' "$6" "$3"
+      printf '%%post\n%s\n%%preun\n%s\n' "$6" "${7:-dkms remove -m nvidia -v $3 --all || true}"
     fi
     printf '%%files\n'
     (cd "$work/tree" && find . -type f -o -type l | sed 's|^\.|"|; s|$|"|')
@@ -229,7 +229,7 @@ for full in 12.9.1:575.57.08 13.0.2:580.95.05; do
 done
 
 # The container toolkit's
-toolkit_key=$(sh "$here/../container_toolkit/make-repository.sh" "$to/libnvidia-container" 1.20.0-1)
+toolkit_key=$(sh "$here/../container_toolkit/make-repository.sh" "$to/libnvidia-container" 1.19.1-1 1.20.0-1)
 sum() { sha256sum "$1" | cut -d' ' -f1; }
 printf '{"keyring": {"ubuntu2204": "%s", "debian12": "%s"}, "toolkit": "%s", "local": "%s", "run": {"12.9": "%s", "13.0": "%s"}}\n' \
   "$(sum "$to/repos/ubuntu2204/x86_64/cuda-keyring_1.1-1_all.deb")" "$(sum "$to/repos/debian12/x86_64/cuda-keyring_1.1-1_all.deb")" \
@@ -282,6 +282,17 @@ done
 toolkit "$work/tree" 12.9 12.9.1; rpm_of $rhel cuda-toolkit-12-9 12.9.1 1
 toolkit "$work/tree" 13.0 13.0.2; rpm_of $rhel cuda-toolkit-13-0 13.0.2 1
 publish_rpm $rhel nvidia@standin
+gpg --armor --export nvidia@standin > "$to/$rhel/D42D0685.pub"
+
+# A repository package, as NVIDIA's for installations without a network: the repository lies below /var, its key in it.
+local=var/cuda-repo-rhel9-12-9-local
+mkdir -p "$work/tree/$local" "$work/tree/etc/yum.repos.d"
+cp "$to/$rhel"/cuda-toolkit-12-9-*.rpm "$to/$rhel/D42D0685.pub" "$work/tree/$local/"
+createrepo_c --quiet "$work/tree/$local"
+printf '[cuda-rhel9-12-9-local]\nname = cuda-rhel9-12-9-local\nbaseurl = file:///%s\nenabled = 1\ngpgcheck = 1\ngpgkey = file:///%s/D42D0685.pub\n' $local $local \
+  > "$work/tree/etc/yum.repos.d/cuda-rhel9-12-9-local.repo"
+rpm_of local cuda-repo-rhel9-12-9-local 12.9.1_575.57.08 1
+
 modules=$work/modules.yaml
 for stream in 580-open:580.95.05 open-dkms:590.48.01; do
   version=${stream#*:}
@@ -292,25 +303,25 @@ for stream in 580-open:580.95.05 open-dkms:590.48.01; do
 done > "$modules"
 printf -- '---\ndocument: modulemd-defaults\nversion: 1\ndata:\n  module: nvidia-driver\n  stream: open-dkms\n  profiles: {}\n...\n' >> "$modules"
 modifyrepo_c --mdtype=modules "$modules" "$to/$rhel/repodata" > /dev/null
-gpg --armor --export nvidia@standin > "$to/$rhel/D42D0685.pub"
 
 key toolkit@standin
 # The container toolkit's, for dnf
 rpmdir=libnvidia-container/stable/rpm/x86_64
-for name in libnvidia-container1 libnvidia-container-tools nvidia-container-toolkit-base nvidia-container-toolkit; do
-  case $name in
-    libnvidia-container-tools) needs='Requires: libnvidia-container1 = 1.20.0-1' ;;
-    nvidia-container-toolkit) needs='Requires: nvidia-container-toolkit-base = 1.20.0-1, libnvidia-container-tools = 1.20.0-1'
-      script "$work/tree/usr/bin/nvidia-container-runtime" < <(printf '#!/bin/sh\nexec runc "$@"\n') ;;
-    nvidia-container-toolkit-base) needs=
-      script "$work/tree/usr/bin/nvidia-ctk" < <(sed 's/@VERSION@/1.20.0/; s|/usr/lib/x86_64-linux-gnu|/usr/lib64|g' "$here/../container_toolkit/nvidia-ctk") ;;
-    *) needs= ;;
-  esac
-  rpm_of $rpmdir $name 1.20.0 1 "$needs"
+scripts=$here/../container_toolkit
+for version in 1.19.1 1.20.0; do
+  rpm_of $rpmdir libnvidia-container1 $version 1
+  rpm_of $rpmdir libnvidia-container-tools $version 1 "Requires: libnvidia-container1 = $version-1"
+  script "$work/tree/usr/bin/nvidia-ctk" < <(sed "s/@VERSION@/$version/; s|/usr/lib/x86_64-linux-gnu|/usr/lib64|g" "$scripts/nvidia-ctk")
+  mkdir -p "$work/tree/usr/lib/systemd/system"
+  cp "$scripts"/nvidia-cdi-refresh.* "$work/tree/usr/lib/systemd/system/"
+  rpm_of $rpmdir nvidia-container-toolkit-base $version 1 '' "$(cat "$scripts/postinst")" true
+  script "$work/tree/usr/bin/nvidia-container-runtime" < "$scripts/nvidia-container-runtime"
+  rpm_of $rpmdir nvidia-container-toolkit $version 1 "Requires: nvidia-container-toolkit-base = $version-1, libnvidia-container-tools = $version-1"
 done
 publish_rpm $rpmdir toolkit@standin
 gpg --armor --export toolkit@standin > "$to/libnvidia-container/gpgkey"
 
-printf '{"cuda": "%s", "toolkit": "%s"}\n' "$(fingerprint nvidia@standin)" "$(fingerprint toolkit@standin)" > "$to/pins.json"
+printf '{"cuda": "%s", "toolkit": "%s", "local": "%s"}\n' "$(fingerprint nvidia@standin)" "$(fingerprint toolkit@standin)" \
+  "$(sha256sum "$to"/local/*.rpm | cut -d' ' -f1)" > "$to/pins.json"
 fi
 rm -rf "$work" "$to/keyring"

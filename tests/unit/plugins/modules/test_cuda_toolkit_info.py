@@ -35,3 +35,23 @@ def test_toolkits_side_by_side(
     assert result["toolkits"] == {"12.9": "12.9.1", "13.0": "13.0"}
     assert result["link"] == str(tmp_path / "cuda-12.9")
     assert result["files"] == {str(tmp_path / "none"): ""}
+    assert result["link_blocked"] is False
+
+
+@pytest.mark.parametrize(
+    ("made", "blocked"), [("nothing", False), ("empty folder", False), ("folder", True), ("file", True)]
+)
+def test_what_is_in_the_place_of_the_link(
+    run_module: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: str, blocked: bool
+) -> None:
+    path = tmp_path / "cuda"
+    if "folder" in made:
+        path.mkdir()
+    if made == "folder":
+        (path / "bin").mkdir()
+    if made == "file":
+        path.write_text("")
+    monkeypatch.setattr(cuda_toolkit_info, "LINK", str(path))
+    monkeypatch.setattr(cuda_toolkit_info, "output", lambda *argv: "12.2.0\n" if argv[0] == "g++" else "")
+    result = run_module(cuda_toolkit_info)
+    assert (result["link"], result["link_blocked"], result["compiler"]) == ("", blocked, "12.2.0")
