@@ -135,10 +135,9 @@ def ray_fleet() -> Iterator[Fleet]:
 def write_standin(folder: Path) -> None:
     """A folder with stand-ins for nvidia-smi, which shows two H200, and for an environment with vLLM and the real Ray."""
     tests = ROOT / "tests"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(tests / "fakes" / "vllm_standin", folder / "site")
+    shutil.copytree(tests / "fakes" / "vllm_standin", folder / "site", dirs_exist_ok=True)  # the folder may be mounted
     metadata = folder / "site" / "vllm-0.25.1.dist-info" / "METADATA"
-    metadata.parent.mkdir()
+    metadata.parent.mkdir(exist_ok=True)
     metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.25.1\n")
     shutil.copy(tests / "fakes" / "nvidia_smi.py", folder)
     captures = tests / "unit" / "plugins" / "modules" / "captures"
