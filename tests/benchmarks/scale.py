@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = ROOT / ".venv" / "bin"
 FORKS = 25
 NETWORK, SUBNET = "baremetal-scale", "10.79.0"
+# Each systemd takes five of them, of the same user; the kernel's default is 128.
+INOTIFY, INOTIFY_NEEDED = Path("/proc/sys/fs/inotify/max_user_instances"), 1024
 RUN = [
     *("--cap-add", "SYS_ADMIN", "--cap-add", "SYS_PTRACE", "--security-opt", "seccomp=unconfined"),
     *("--security-opt", "apparmor=unconfined", "--cgroupns=host", "--volume", "/sys/fs/cgroup:/sys/fs/cgroup:rw"),
@@ -70,10 +72,8 @@ def start(number: int, folder: Path) -> None:
         if name not in there:
             address = f"{SUBNET}.{host + 9}"
             mounts = ["--volume", f"{folder / 'standin'}:/opt/standin:ro"]
+            mounts += ["--volume", f"{folder / 'key.pub'}:/root/.ssh/authorized_keys:ro"]
             docker("run", "--detach", "--name", name, "--network", NETWORK, "--ip", address, *RUN, *group, *mounts, tag)
-            key = (folder / "key.pub").read_bytes()
-            into = "umask 077; mkdir -p /root/.ssh; cat > /root/.ssh/authorized_keys"
-            subprocess.run(["docker", "exec", "-i", name, "sh", "-c", into], input=key, check=True)
     for host in range(1, number + 1):
         deadline = time.monotonic() + 300
         while docker("exec", f"scale{host}", "systemctl", "is-active", "ssh", check=False) != "active":
@@ -147,7 +147,9 @@ def main() -> None:
     (folder / "standin" / "serve.py").write_text(SERVE)
     folder.chmod(0o755)
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "key"], check=True)
-    seconds = {}
+    seconds, inotify = {}, INOTIFY.read_text()
+    if int(inotify) < INOTIFY_NEEDED:
+        INOTIFY.write_text(str(INOTIFY_NEEDED))
     try:
         for number in numbers:
             start(number, folder)
@@ -161,6 +163,7 @@ def main() -> None:
         for name in docker("ps", "-a", "--format", "{{.Names}}", "--filter", f"network={NETWORK}").split():
             docker("rm", "--force", "--volumes", name, check=False)
         docker("network", "rm", NETWORK, check=False)
+        INOTIFY.write_text(inotify)
     low, high = min(seconds), max(seconds)
     if low != high:
         linear = math.ceil(high / FORKS) / math.ceil(low / FORKS)
