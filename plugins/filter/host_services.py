@@ -32,7 +32,8 @@ options:
       - C(container), with C(mirror), C(images), C(gpus), C(shm_size), C(nofile), C(log_options) and C(options).
       - C(gpu), the host's fact of that name, and C(architecture), as Ansible names it.
       - For services over several hosts also C(hosts) (names in the order of the inventory), C(network) (address and
-        interface by host, as P(baremetal.vllm.interconnect#filter) chose them) and C(peer_timeout) (seconds).
+        interface by host, as P(baremetal.vllm.interconnect#filter) chose them), C(peer_timeout) (seconds) and
+        C(ray_version), which images get.
     type: dict
     required: true
 author:
@@ -136,11 +137,12 @@ def _room(plan: dict[str, Any], host: str, device: str, facts: dict[str, Any]) -
     )
 
 
-def _run_options(
+def _container(
     svc: dict[str, Any], plan: dict[str, Any], host: str, lib: str, model: str, settings: dict[str, Any]
-) -> list[str]:
-    """Arguments of C(docker run) up to the image, without the user. Secrets are in files that the container reads."""
-    options, stop = settings["container"], settings["drain_timeout"] + STOP_MARGIN_S
+) -> dict[str, list[str]]:
+    """Arguments of C(docker run) for every container that works for a service: C(closed), what it may not do, C(devices)
+    and C(mounts). Secrets are in files that the container reads."""
+    options = settings["container"]
     own = [f"{settings[key]}/{svc['name']}" for key in ("config_dir", "state_dir")]
     named = [
         path
@@ -153,38 +155,55 @@ def _run_options(
     for path in sorted({lib, own[0], model, *named} - {"", "/"}):
         if not any(path == other or path.startswith(f"{other}/") for other in [*seen, own[1]]):
             seen.append(path)
-    health = f"from urllib import request; request.build_opener().open('{svc['root_url']}/health', timeout=9)"
     gpus = plan["gpu_uuids"].get(host) or plan["gpus"].get(host, [])
     devices = []
     if gpus and options["gpus"] == "cdi":
         devices = [f"--device=nvidia.com/gpu={gpu}" for gpu in gpus]
     elif gpus:
         devices = ["--gpus", f'"device={",".join(map(str, gpus))}"']  # the quotes are Docker's own, for the commas
+    return {
+        "closed": [
+            "--init",
+            "--network=host",
+            "--read-only",
+            "--cap-drop=ALL",
+            "--security-opt=no-new-privileges",
+            "--tmpfs=/tmp:rw,exec,nosuid,nodev,mode=1777",
+            f"--shm-size={options['shm_size']}",
+            f"--ulimit=nofile={options['nofile']}:{options['nofile']}",
+        ],
+        "devices": devices,
+        "mounts": [
+            *(f"--mount=type=bind,src={path},dst={path},readonly" for path in seen),
+            f"--mount=type=bind,src={own[1]},dst={own[1]}",
+        ],
+        "log": [
+            "--log-driver=json-file",
+            *(f"--log-opt={key}={value}" for key, value in sorted(options["log_options"].items())),
+        ],
+        "user": [*map(str, options["options"])],
+    }
+
+
+def _run_options(svc: dict[str, Any], parts: dict[str, list[str]], stop: int) -> list[str]:
+    """Arguments of C(docker run) up to the image, without the user."""
+    health = f"from urllib import request; request.build_opener().open('{svc['root_url']}/health', timeout=9)"
     return [
         f"--name={svc['unit']}",
         f"--label=baremetal.vllm.service={svc['name']}",
         "--rm",
-        "--init",
-        "--network=host",
-        "--read-only",
-        "--cap-drop=ALL",
-        "--security-opt=no-new-privileges",
-        "--tmpfs=/tmp:rw,exec,nosuid,nodev,mode=1777",
-        f"--shm-size={options['shm_size']}",
-        f"--ulimit=nofile={options['nofile']}:{options['nofile']}",
+        *parts["closed"],
         f"--stop-timeout={stop}",
-        "--log-driver=json-file",
-        *(f"--log-opt={key}={value}" for key, value in sorted(options["log_options"].items())),
+        *parts["log"],
         f'--health-cmd=python3 -c "{health}"',
         "--health-interval=30s",
         "--health-timeout=10s",
         "--health-retries=3",
         "--health-start-period=1h",
-        *devices,
-        *(f"--mount=type=bind,src={path},dst={path},readonly" for path in seen),
-        f"--mount=type=bind,src={own[1]},dst={own[1]}",
+        *parts["devices"],
+        *parts["mounts"],
         f"--workdir={svc['state_dir']}",
-        *map(str, options["options"]),
+        *parts["user"],
         "--entrypoint=/bin/sh",
     ]
 
@@ -247,6 +266,7 @@ def _service(
         "version": version,
         "venv": None if container or settings["python"] else {"path": venv, "device": device, "version": version},
         "python": python,
+        "inside": "",  # name of a container of Ray that the server is started in
         # What endpoint.json says: where and how to ask, for clients, for the proof and for the benchmark.
         "told": {
             "service": name,
@@ -309,7 +329,8 @@ def _service(
     }
     if container:
         svc["image"] = image_reference(plan["image"], settings)
-        svc["run_options"] = _run_options(svc, plan, host, lib, user.get("model_path", ""), settings)
+        svc["container"] = _container(svc, plan, host, lib, user.get("model_path", ""), settings)
+        svc["run_options"] = _run_options(svc, svc["container"], svc["stop_timeout"])
     if not stand_by:
         svc["standby"] = _service(plan, host, row, user, settings, stand_by=True)
     return svc

@@ -10,7 +10,7 @@ version_added: 0.1.0
 description:
   - Compares Python, vLLM, PyTorch and Ray of the hosts of a service. Engines of different releases fail late and say little;
     Ray refuses nodes of another release of Ray or of Python.
-positional: answers
+positional: answers, images
 options:
   _input:
     description: Services over several hosts, each with C(service) (its name), C(executor) and C(hosts).
@@ -21,6 +21,10 @@ options:
     description: For each host, the registered result of the command that printed the versions as JSON.
     type: dict
     required: true
+  images:
+    description: For each host, the registered result of the command that printed the layers of its images as JSON.
+    type: dict
+    default: {}
 author:
   - baremetal.vllm maintainers (@baremetal-vllm)
 """
@@ -38,6 +42,7 @@ _value:
   elements: str
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -60,11 +65,26 @@ def _comparable(executor: str, package: str, version: str) -> str:
     return ".".join(version.split(".")[:2]) if package == "python" and executor != "ray" else version
 
 
-def span_versions(spans: list[dict[str, Any]], answers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _image(result: Mapping[str, Any], service: str) -> dict[str, str]:
+    """A short name for what the image of a service is; nothing for one that is not there or no container."""
+    said: Any = _said(result, service) or {}
+    layers = said.get("image")
+    return {"image": hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:12]} if layers else {}
+
+
+def span_versions(
+    spans: list[dict[str, Any]],
+    answers: Mapping[str, Mapping[str, Any]],
+    images: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[str]:
     problems = []
     for span in spans:
         head = span["hosts"][0]
         said = {host: _said(answers[host], span["service"]) for host in span["hosts"]}
+        for host in span["hosts"]:
+            found = _image((images or {}).get(host, {}), span["service"])
+            if found:
+                said[host] = {**(said[host] or {}), **found}
         first = said[head]
         if first is None:
             continue

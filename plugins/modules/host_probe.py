@@ -50,7 +50,9 @@ options:
     elements: str
     default: []
   pid_files:
-    description: Files that hold the process id of a daemon.
+    description:
+      - Files that hold the process id of a daemon, and behind it, where it may run in a container, the inode of its PID
+        namespace, in which the id counts.
     type: list
     elements: path
     default: []
@@ -113,7 +115,7 @@ listeners:
   type: dict
   sample: {"8000": {"pid": 12, "command": "nginx: master process", "cwd": "/"}}
 pids:
-  description: For each file of O(pid_files), the id of a living process, or 0.
+  description: For each file of O(pid_files), the id of a living process as this host knows it, or 0.
   returned: success
   type: dict
 programs:
@@ -212,10 +214,22 @@ def loadable(library):
 
 def living_pid(path):
     try:
-        pid = int(read(path))
-        return pid if os.path.isdir("/proc/%d" % pid) else 0
-    except (IOError, OSError, ValueError):
+        numbers = [int(word) for word in read(path).split()]
+        pid = numbers[0]
+    except (IOError, OSError, ValueError, IndexError):
         return 0
+    if len(numbers) == 1:
+        return pid if os.path.isdir("/proc/%d" % pid) else 0
+    for link in glob.glob("/proc/[0-9]*/ns/pid"):
+        try:
+            if os.readlink(link) == "pid:[%d]" % numbers[1]:
+                process = link.split("/")[2]
+                row = re.search(r"^NSpid:.*?(\d+)$", read("/proc/%s/status" % process), re.M)
+                if row and int(row.group(1)) == pid:
+                    return int(process)
+        except (IOError, OSError):
+            continue  # it has gone, or is another user's
+    return 0
 
 
 def listening_inodes(ports):

@@ -391,7 +391,7 @@ class Wait:
             self.now = time.time()
             waited = self.now - self.start
             pid = self.module.run_command(params["pid_command"])[1].strip()
-            running = pid.isdigit() and pid != "0"
+            running = pid.split(" ")[0].isdigit() and pid != "0"
             if running and self.first_pid is None:
                 self.first_pid = pid
             if self.first_pid and pid != self.first_pid:

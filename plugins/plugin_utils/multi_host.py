@@ -6,6 +6,10 @@ Executor ``mp``: vLLM runs on every host, kept together by ``baremetal_ranks.py`
 
 The first host is the first one of the inventory. Values that differ between hosts (address, interface) are in the
 environment of each host's own unit and never in the one that Ray copies from the first host to the others.
+
+Both run in virtual environments or in containers, by the same commands. Of ``mp`` each rank is a container like that of a
+service on one host. Of ``ray`` each node is a container, and vLLM's server is started inside the first one: it talks to its
+node by shared memory and by process ids.
 """
 
 from __future__ import annotations
@@ -120,6 +124,46 @@ def span_of(plan: Mapping[str, Any], order: Sequence[str], service: str, host: s
     return next((span for span in spans(plan, order) if span["service"] == service and host in span["hosts"]), None)
 
 
+def ray_image(reference: str, version: str) -> str:
+    """Name of the image with Ray that is made on the host from an image: ``vllm/x:v1`` -> ``baremetal/x:v1-ray2.60.0``."""
+    name, _, digest = reference.rsplit("/", 1)[-1].partition("@sha256:")
+    name, _, tag = name.partition(":")
+    return f"baremetal/{name}:{digest[:12] or tag or 'latest'}-ray{version}"
+
+
+def _contained(service: dict[str, Any], here: Mapping[str, str], lib: str, ray_version: str) -> dict[str, Any]:
+    """What is different where the service runs in containers.
+
+    ``run_python``: arguments that run Python as the service does, for a moment, with the environment ``here`` of whoever
+    calls them. Executor ``ray``: one container on each host, of the Ray node; the server is started inside the first one.
+    """
+    parts, image = service["container"], service["image"]["reference"]
+    if ray_version:
+        image = ray_image(image, ray_version)
+        node = f"ray-{service['name']}"
+        told = service["told"]
+        service = {
+            **service,
+            "inside": node,
+            "image": {**service["image"], "ray": image},
+            "node_options": [word for part in ("closed", "log", "devices", "mounts", "user") for word in parts[part]],
+            "told": {**told, "python": [node if word == service["unit"] else word for word in told["python"]]},
+        }
+    else:
+        health = ["--no-healthcheck"] if "--headless" in service["command"] else []
+        options = [word for word in service["run_options"] if not health or not word.startswith("--health-")]
+        service = {**service, "run_options": [*health, *options]}
+    return {
+        **service,
+        "run_python": [
+            *("docker", "run", "--rm", "--pull=never", *parts["closed"], "--workdir=/tmp", "--env=HOME=/tmp"),
+            *(f"--env={name}" for name in here),
+            *(*parts["devices"], *[word for word in parts["mounts"] if f"src={lib}," in word], *parts["user"]),
+            *("--entrypoint=python3", image),
+        ],
+    }
+
+
 def spread(
     service: dict[str, Any],
     span: Mapping[str, Any],
@@ -149,6 +193,7 @@ def spread(
         "firewall_ports": _firewall_ports(ports),
     }
     env = {**here, **service["env"]}
+    contained = service["runtime"] == "container"
     if span["executor"] == "ray" and service["venv"]:
         # An environment of its own, so that services without Ray keep theirs.
         venv = {**service["venv"], "path": f"{service['venv']['path']}-ray", "ray": True}
@@ -157,7 +202,10 @@ def spread(
         service = {**service, "venv": venv, "python": python, "told": told}
         service["command"] = [python, *service["command"][1:]]
     python = service["python"]
+    service = {**service, "run_python": [python]}
     if span["executor"] == "ray":
+        if contained:
+            service = _contained(service, here, lib, str(settings["ray_version"]))
         address = f"{addresses[span['hosts'][0]]}:{ports['gcs']}"
         env |= {
             "RAY_ADDRESS": address,
@@ -187,12 +235,14 @@ def spread(
         keeper += ["--peer", f"{name}={addresses[name]}"]
     keeper += ["--port", str(ports["ranks"]), "--patience", str(settings.get("peer_timeout", 20))]
     keeper += ["--token-file", token_file, "--folder", service["state_dir"]]
+    service = {**service, "command": [*keeper, "--", *serve]}
+    if contained:
+        service = _contained(service, here, lib, "")
     return {
         **service,
         "span": details,
         "headless": rank > 0,
         "env": env,
-        "command": [*keeper, "--", *serve],
         # The engine's, which changes when it ends: the keeper lives on.
         "pid_command": ["cat", f"{service['state_dir']}/engine.pid"],
     }

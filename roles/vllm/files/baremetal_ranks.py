@@ -60,6 +60,12 @@ def versions():
     return found
 
 
+def write_pid(path, pid):
+    """A process id and the inode of its PID namespace: in a container, the host knows the process by another number."""
+    with open(path, "w") as handle:
+        handle.write("%d %d\n" % (pid, os.stat("/proc/self/ns/pid").st_ino))
+
+
 class Engine:
     """The engine process of this host. Its output passes through; its end becomes an event ``("ended", status)``."""
 
@@ -80,8 +86,7 @@ class Engine:
             self.last.append("%s: error: %s" % (self.command[0], error.strerror))
             self.events.put(("ended", 127))
             return
-        with open(self.pid_file, "w") as handle:
-            handle.write("%d\n" % self.process.pid)
+        write_pid(self.pid_file, self.process.pid)
         follower = threading.Thread(target=self._follow, args=(self.process,), daemon=True)
         follower.start()
         threading.Thread(target=self._wait, args=(self.process, follower), daemon=True).start()
@@ -476,8 +481,7 @@ def main():
     pid_file = os.path.join(options.folder, "engine.pid")
     with contextlib.suppress(OSError):
         os.unlink(pid_file)
-    with open(os.path.join(options.folder, "keeper.pid"), "w") as handle:
-        handle.write("%d\n" % os.getpid())
+    write_pid(os.path.join(options.folder, "keeper.pid"), os.getpid())
     events = queue.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: events.put(("signal", number)))

@@ -42,7 +42,7 @@ class Rank:
 
     def engine(self) -> int:
         with contextlib.suppress(OSError, ValueError):
-            return int((self.folder / "engine.pid").read_text())
+            return int((self.folder / "engine.pid").read_text().partition(" ")[0])
         return 0
 
     def said(self, text: str) -> bool:
