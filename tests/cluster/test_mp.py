@@ -60,10 +60,10 @@ def test_firewall_rules_by_choice(site: Site) -> None:
 
     site.play(2)
     assert (reaches(two), reaches(three)) == (True, True)
-    site.play(2, vllm_interconnect_firewall=True)
+    site.play(2, vllm_interconnect_firewall="nftables")
     assert (reaches(two), reaches(three)) == (True, False)
     assert site.answers() == site.one_host
-    _, changed = site.play(2, vllm_interconnect_firewall=True)
+    _, changed = site.play(2, vllm_interconnect_firewall="nftables")
     assert set(changed.values()) == {0}
     site.fleet.reboot(one)
     until(lambda: reaches(two), 60)

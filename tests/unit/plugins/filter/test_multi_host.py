@@ -11,7 +11,7 @@ from test_host_services import HOSTS, SETTINGS, service
 
 from ansible_collections.baremetal.vllm.plugins.filter.host_services import host_services
 from ansible_collections.baremetal.vllm.plugins.filter.vllm_plan import vllm_plan
-from ansible_collections.baremetal.vllm.plugins.plugin_utils.multi_host import kept_home, ray_ports, spans
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.multi_host import kept_home, ray_image, ray_ports, spans
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.hardware import hosts_from_text
 
 PLACES = {
@@ -123,6 +123,73 @@ def test_what_differs_between_hosts_and_secrets_stay_on_the_first_host() -> None
     assert kept_home({"AWS_SECRET_ACCESS_KEY": "x"}) == json.loads(
         json.dumps(kept_home({"AWS_SECRET_ACCESS_KEY": "x"}))
     )
+
+
+CONTAINER = {**SETTINGS["container"], "images": {}}  # type: ignore[dict-item]
+
+
+def contained(asked: dict[str, Any], hosts: list[dict[str, Any]], host: str = "one") -> dict[str, Any]:
+    network = {"chat": {"hosts": {**PLACES, "three": {"address": "10.0.0.3", "interface": "eth1"}}, "problems": []}}
+    asked = {**asked, "runtime": "container"}
+    return on(host, asked, hosts, network=network, container=CONTAINER, ray_version="2.60.0")
+
+
+def test_ranks_in_containers_run_the_same_commands() -> None:
+    for host in ("one", "two"):
+        venv, box = on(host, CPU_SERVICE, HOSTS), contained(CPU_SERVICE, HOSTS, host)
+        assert [word.replace(venv["python"], "python3") for word in venv["command"]] == box["command"]
+        assert ("--no-healthcheck" in box["run_options"]) == (host == "two")
+        assert bool([word for word in box["run_options"] if word.startswith("--health-")]) == (host == "one")
+        assert not [word for word in box["run_options"] if word.startswith("--env")], (
+            "no value of the host in arguments"
+        )
+        assert box["run_python"][-1] == box["image"]["reference"]
+        assert {"--env=VLLM_HOST_IP", "--env=GLOO_SOCKET_IFNAME", "--network=host"} <= set(box["run_python"])
+        assert box["inside"] == ""
+    assert on("one", CPU_SERVICE, HOSTS)["run_python"] == [venv["python"]]
+
+
+def test_ray_in_containers_starts_the_server_inside_the_first_node() -> None:
+    head, venv = contained(RAY_SERVICE, gpu_hosts(3)), ray_service("one")
+    assert [word.replace(venv["python"], "python3") for word in venv["command"]] == head["command"]
+    assert head["inside"] == "ray-chat"
+    version = head["version"]
+    assert head["image"]["ray"] == f"baremetal/vllm-openai:v{version}-ray2.60.0"
+    assert head["run_python"][-1] == head["image"]["ray"]
+    assert head["told"]["python"] == [
+        "docker",
+        "exec",
+        "--interactive",
+        "--env",
+        "OPENAI_API_KEY",
+        "ray-chat",
+        "python3",
+    ]
+    options = head["node_options"]
+    assert options[options.index("--gpus") + 1].startswith('"device=')
+    assert {"--read-only", "--cap-drop=ALL", "--network=host", "--shm-size=10g"} <= set(options)
+    assert "--mount=type=bind,src=/var/lib/vllm/chat,dst=/var/lib/vllm/chat" in options
+    assert not [word for word in options if word.startswith(("--env", "--name", "--entrypoint"))]
+    # The container numbers its GPUs itself.
+    assert "CUDA_VISIBLE_DEVICES" not in head["env"]
+    different = {
+        name
+        for name, value in head["env"].items()
+        if value != contained(RAY_SERVICE, gpu_hosts(3), "two")["env"].get(name)
+    }
+    assert different and different <= set(head["kept_home"])
+
+
+@pytest.mark.parametrize(
+    "reference, name",
+    [
+        ("vllm/vllm-openai:v0.25.1", "vllm-openai:v0.25.1"),
+        ("r.example.com:5000/hub/vllm-openai", "vllm-openai:latest"),
+        ("vllm/vllm-openai@sha256:" + "ab" * 32, "vllm-openai:abababababab"),
+    ],
+)
+def test_names_of_images_with_ray(reference: str, name: str) -> None:
+    assert ray_image(reference, "2.60.0") == f"baremetal/{name}-ray2.60.0"
 
 
 def test_two_clusters_share_no_port() -> None:

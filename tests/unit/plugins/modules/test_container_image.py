@@ -43,6 +43,42 @@ if args[:2] == ["pull", "--quiet"] and len(args) == 3:
         end(1, "", "Error response from daemon: manifest for %s not found: manifest unknown\\n" % args[2])
     state["images"][args[2]] = state["registry"][args[2]]
     end(0, args[2] + "\\n")
+def option(name):
+    return [word.partition("=")[2] for word in args if word.startswith(name + "=")]
+held, labels, boxes = (state.setdefault(key, {{}}) for key in ("held", "labels", "boxes"))
+if args[:3] == ["image", "inspect", "--format"] and len(args) == 5:
+    identity = state["images"].get(args[4])
+    if not identity:
+        end(1, "\\n", "Error: No such image: %s\\n" % args[4])
+    if args[3] == "{{{{json .Config}}}}":
+        end(0, json.dumps({{"Entrypoint": ["vllm", "serve"], "Cmd": None, "User": "", "Env": ["PATH=/x"]}}) + "\\n")
+    if args[3] == '{{{{.Id}}}} {{{{index .Config.Labels "baremetal.vllm.made_of"}}}}':
+        end(0, "%s %s\\n" % (identity, labels.get(identity, "")))
+if args[0] == "run" and option("--entrypoint") == ["python3"]:
+    image = state["images"][args[args.index("-c") - 1]]
+    missing = set(args[args.index("-c") + 2 :]) - set(held.get(image, []))
+    end(1 if missing else 0)
+if args[0] == "run" and option("--entrypoint") == ["/bin/sh"] and "--interactive" in args:
+    script = sys.stdin.read()
+    words = re.search("^set -- (.*)$", script, re.M).group(1).replace("'", "").split()
+    (name,) = option("--name")
+    boxes[name] = [word for word in words if "==" in word]
+    open(folder + "/script", "w").write(script)
+    end(*state.pop("install", [0]))
+if args[0] == "commit":
+    name, image = args[-2:]
+    changes = [after for word, after in zip(args, args[1:]) if word == "--change"]
+    assert changes[1:] == ["USER 0", 'ENTRYPOINT ["vllm", "serve"]', "CMD []"], changes
+    identity = "sha256:made-of-" + name
+    state["images"][image], held[identity] = identity, boxes[name]
+    labels[identity] = json.loads(changes[0].partition("=")[2])
+    end(0, identity + "\\n")
+if args[0] == "tag" and len(args) == 3:
+    state["images"][args[2]] = state["images"][args[1]]
+    end(0)
+if args[:3] == ["rm", "--force", "--volumes"] and len(args) == 4:
+    boxes.pop(args[3], None)
+    end(0)
 end(125, "", "unknown command: docker %s\\n" % " ".join(args))
 """
 NAME = "registry.example.com/vllm/vllm-openai:v0.25.1"
@@ -170,3 +206,56 @@ def test_a_host_without_docker(have: Callable[..., Any], monkeypatch: pytest.Mon
     (tmp_path / "bin/docker").unlink()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     assert have()["msg"] == "cannot run docker: No such file or directory. The role docker installs it"
+
+
+BASE, MADE = "vllm/vllm-openai:v0.25.1", "baremetal/vllm-openai:v0.25.1-ray2.60.0"
+MAKE: dict[str, Any] = {"reference": MADE, "base": BASE, "packages": ["ray==2.60.0"]}
+
+
+def test_packages_are_added_once(
+    docker: Docker, have: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("https_proxy", "http://user:pa'ss@proxy:3128")
+    docker.state["images"][BASE] = "sha256:base"
+    assert have(check=True, **MAKE)["changed"] is True
+    assert "run" not in docker.asked() and "commit" not in docker.asked()
+    result = have(**MAKE)
+    assert result["changed"] is True and result["id"].startswith("sha256:made-of-")
+    assert docker.state["boxes"] == {}, "the container that it was made in is gone"
+    assert "pa'\\''ss@proxy" in (docker.folder / "script").read_text()
+    assert "proxy:3128" not in (docker.folder / "asked").read_text(), "an argument would stay in the image"
+    assert have(**MAKE)["changed"] is False
+    assert docker.asked().count("commit") == 1
+    # Another image under the base's name, and another release of Ray.
+    docker.state["images"][BASE] = "sha256:newer"
+    assert have(check=True, **MAKE)["changed"] is True
+    assert have(**MAKE)["changed"] is True
+    assert have(**{**MAKE, "packages": ["ray==2.61.0"]})["changed"] is True
+
+
+def test_wheels_and_no_index(docker: Docker, have: Callable[..., Any], tmp_path: Path) -> None:
+    docker.state["images"][BASE] = "sha256:base"
+    assert have(**MAKE, wheels=str(tmp_path / "none"))["msg"].endswith("no such folder on the host: copy it there")
+    (tmp_path / "wheels").mkdir()
+    assert have(**MAKE, wheels=str(tmp_path / "wheels"))["changed"] is True
+    assert "'--no-index' '--find-links' '/run/baremetal/wheels' 'ray==2.60.0'" in (docker.folder / "script").read_text()
+    assert f"src={tmp_path}/wheels,dst=/run/baremetal/wheels" in (docker.folder / "asked").read_text()
+
+
+def test_an_image_that_has_the_packages_gets_a_name(docker: Docker, have: Callable[..., Any]) -> None:
+    docker.state |= {"images": {BASE: "sha256:base"}, "held": {"sha256:base": ["ray==2.60.0"]}}
+    result = have(**MAKE)
+    assert (result["changed"], result["id"]) == (True, "sha256:base")
+    assert have(**MAKE)["changed"] is False
+    assert "commit" not in docker.asked()
+
+
+def test_packages_that_cannot_be_added(docker: Docker, have: Callable[..., Any]) -> None:
+    assert f"image {BASE} is not on the host" in have(**MAKE)["msg"]
+    docker.state["images"][BASE] = "sha256:base"
+    docker.state["install"] = [1, "", "ERROR: No matching distribution found for ray==2.60.0\n"]
+    message = have(**MAKE)["msg"]
+    assert message.startswith(f"cannot add ray==2.60.0 to image {BASE}: ERROR: No matching distribution")
+    assert "vllm_ray_wheels" in message
+    assert MADE not in docker.state["images"] and docker.state["boxes"] == {}
+    assert have(**{**MAKE, "packages": ["ray"]})["msg"] == "packages has ray: give name==version"

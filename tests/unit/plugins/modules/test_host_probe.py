@@ -8,6 +8,7 @@ import os
 import pwd
 import shutil
 import socket
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -140,6 +141,29 @@ def test_pids(probe: Callable[..., Any], tmp_path: Path) -> None:
     pids = probe(pid_files=[f"{tmp_path}/{name}" for name in [*contents, "missing"]])["pids"]
     assert {path.rsplit("/", 1)[1]: pid for path, pid in pids.items() if pid} == {"alive": os.getpid()}
     assert len(pids) == 7
+
+
+def test_pids_of_another_namespace(probe: Callable[..., Any], tmp_path: Path) -> None:
+    """As the keeper of ranks writes them: in a container, process 1 is another one than the host's."""
+    unshare = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    script = "import os, sys; print(os.getpid(), os.stat('/proc/self/ns/pid').st_ino, flush=True); sys.stdin.read()"
+    process = subprocess.Popen(
+        [*unshare, sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdin and process.stdout
+    written = process.stdout.readline().decode()
+    if not written:
+        pytest.skip("this machine makes no PID namespaces for this user")
+    here, child = Path("/proc/self/ns/pid").stat().st_ino, Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    (tmp_path / "there").write_text(written)
+    (tmp_path / "own").write_text(f"{os.getpid()} {here}")
+    (tmp_path / "mixed").write_text(f"{os.getpid()} {written.split()[1]}")
+    files = {name: f"{tmp_path}/{name}" for name in ("there", "own", "mixed")}
+    pids = probe(pid_files=list(files.values()))["pids"]
+    assert written.startswith("1 ")
+    assert [pids[files[name]] for name in files] == [int(child.read_text()), os.getpid(), 0]
+    process.communicate()
+    assert probe(pid_files=[files["there"]])["pids"] == {files["there"]: 0}
 
 
 def test_pythons_that_run(probe: Callable[..., Any], tmp_path: Path) -> None:
