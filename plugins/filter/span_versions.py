@@ -81,10 +81,9 @@ def span_versions(
     for span in spans:
         head = span["hosts"][0]
         said = {host: _said(answers[host], span["service"]) for host in span["hosts"]}
-        for host in span["hosts"]:
-            found = _image((images or {}).get(host, {}), span["service"])
-            if found:
-                said[host] = {**(said[host] or {}), **found}
+        for host, found in said.items():
+            if found is not None:
+                found.update(_image((images or {}).get(host, {}), span["service"]))
         first = said[head]
         if first is None:
             continue

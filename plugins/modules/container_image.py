@@ -241,7 +241,8 @@ def make(module, params, wanted):
             )
         config = json.loads(docker(module, "image", "inspect", "--format", "{{json .Config}}", base)[1])
         changes = ["LABEL %s=%s" % (LABEL, json.dumps(wanted)), "USER %s" % (config.get("User") or "0")]
-        changes += ["ENTRYPOINT %s" % json.dumps(config.get("Entrypoint") or [])]
+        # An empty word is what takes the container's away again.
+        changes += ["ENTRYPOINT %s" % json.dumps(config.get("Entrypoint") or [""])]
         changes += ["CMD %s" % json.dumps(config.get("Cmd") or [])]
         arguments = [word for change in changes for word in ("--change", change)]
         code, dummy, error = docker(module, "commit", *(arguments + [name, params["reference"]]))

@@ -61,6 +61,10 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+current:
+  description: The rules were there already, and no others of this module.
+  returned: success
+  type: bool
 rules:
   description: The rules of this module, as the manager shows them.
   returned: success
@@ -216,7 +220,9 @@ def main():
         for change, rule in changes:
             change(rule)
     texts = ["".join("%s\n" % rule for rule in sorted(rules)) for rules in (before, after)]
-    module.exit_json(changed=bool(changes), rules=after, diff={"before": texts[0], "after": texts[1]})
+    module.exit_json(
+        changed=bool(changes), current=not changes, rules=after, diff={"before": texts[0], "after": texts[1]}
+    )
 
 
 if __name__ == "__main__":

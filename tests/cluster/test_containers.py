@@ -8,6 +8,7 @@ of the real one, which gets the real Ray from wheels.
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import time
 from collections import Counter
@@ -146,15 +147,56 @@ def test_ranks_stop_together(boxes: Boxes) -> None:
         "the end of the other rank's engine",
     )
     assert boxes.containers(one) == {}
-    boxes.play(2)
+
+
+def reaches(address: str, port: int) -> bool:
+    """Whether this machine, which is no host of the cluster, reaches a port of one."""
+    try:
+        socket.create_connection((address, port), 3).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_firewall_managers_let_the_hosts_in_and_nobody_else(boxes: Boxes) -> None:
+    one, two = boxes.fleet.names
+    managers = {
+        one: {"vllm_interconnect_firewall": "ufw"},
+        two: {"vllm_interconnect_firewall": "firewalld"},
+    }
+    output, changed = boxes.play(2, "--tags", "preflight", fail=True, each=managers)
+    text = " ".join(output.split())
+    for name in ("ufw", "firewalld"):
+        assert f"the firewall manager {name} is not on the host: " in text
+    assert set(changed.values()) == {0}
+    apt = "export DEBIAN_FRONTEND=noninteractive; apt-get -qq update && apt-get -qq install -y --no-install-recommends"
+    boxes.fleet.sh(one, f"{apt} ufw </dev/null && ufw allow 22/tcp && ufw --force enable")
+    boxes.fleet.sh(two, f"{apt} firewalld netbase </dev/null && systemctl start firewalld")
+    before = [boxes.fleet.sh(one, "ufw show added"), boxes.fleet.sh(two, "firewall-cmd --list-all-zones")]
+
+    boxes.play(2, each=managers)
     assert boxes.answers() == boxes.one_host
+    for host in (one, two):
+        assert reaches(boxes.fleet.manage(host), 22)
+    assert not reaches(boxes.fleet.address(one), 29600)
+    boxes.fleet.sh(one, "ufw --force disable")
+    assert not reaches(boxes.fleet.address(one), 29600), "the table of nftables closes it, too"
+    boxes.fleet.sh(one, "ufw --force enable")
+    output, changed = boxes.play(2, "--diff", each=managers)
+    assert set(changed.values()) == {0}, output
+
+    boxes.play(2, playbook="playbooks/teardown.yml", each=managers)
+    after = [boxes.fleet.sh(one, "ufw show added"), boxes.fleet.sh(two, "firewall-cmd --list-all-zones")]
+    assert after == before
+    boxes.fleet.sh(one, "ufw --force disable")
+    boxes.fleet.sh(two, "systemctl disable --now firewalld")
 
 
-def test_teardown_of_mp(boxes: Boxes) -> None:
-    boxes.play(2, playbook="playbooks/teardown.yml")
+def test_teardown_of_mp_left_nothing(boxes: Boxes) -> None:
     for host in boxes.fleet.names:
         assert boxes.containers(host) == {}
         assert boxes.fleet.sh(host, "ls /etc/systemd/system/vllm-*", check=False) == ""
+        assert "baremetal_vllm" not in boxes.fleet.sh(host, "nft list tables")
 
 
 class Nodes:

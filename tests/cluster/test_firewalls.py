@@ -27,7 +27,7 @@ for port in (22, 5555, 6380, 10100):
 BEGIN = {
     # What the owner of each host has set: SSH from everywhere, a port of their own for everybody.
     "ufw": "apt-get -qq install -y --no-install-recommends ufw && ufw allow 22/tcp && ufw allow 5555/tcp && ufw --force enable",
-    "firewalld": "apt-get -qq install -y --no-install-recommends firewalld && systemctl start firewalld"
+    "firewalld": "apt-get -qq install -y --no-install-recommends firewalld netbase && systemctl start firewalld"
     " && firewall-cmd --permanent --add-port=5555/tcp && firewall-cmd --add-port=5555/tcp && firewall-cmd --add-port=5556/udp",
 }
 SHOW = {

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -153,6 +154,17 @@ def test_software_must_be_the_same(executor: str, first: Any, second: Any, probl
     found = span_versions([{**SPANS[0], "executor": executor}], {"a": first, "b": second})
     assert len(found) == len(problems)
     assert all(part in line for part, line in zip(problems, found, strict=True)), found
+
+
+def test_images_must_be_the_same() -> None:
+    def image(*layers: str) -> dict[str, Any]:
+        return {"results": [{"stdout": json.dumps({"service": "chat", "image": list(layers)})}]}
+
+    answers = {"a": said(), "b": said()}
+    assert span_versions(SPANS, answers, {"a": image("sha256:1", "sha256:2"), "b": image("sha256:1", "sha256:2")}) == []
+    (found,) = span_versions(SPANS, answers, {"a": image("sha256:1"), "b": image("sha256:1", "sha256:2")})
+    assert found.startswith("service chat: image is ") and found.endswith(" on b: install the same on both")
+    assert span_versions(SPANS, answers, {"a": {"skipped": True}, "b": {"skipped": True}}) == []
 
 
 PORTS = {"gcs": 6379, "node_manager": 6380, "min_worker": 10002, "max_worker": 10201}
