@@ -222,6 +222,7 @@ class Nodes:
             "vllm_services": [service],
             "vllm_ray_wheels": "/srv/wheels",
             "vllm_container_gpus": "request",
+            "vllm_interconnect_firewall": "nftables",
             "vllm_interconnect_check": False,  # there is no GPU that could compute a sum
             "preflight_allow_untested_distribution": True,
         }
@@ -276,6 +277,8 @@ def test_ray_forms_and_places_engines_of_a_standin(nodes: Nodes) -> None:
             host,
             f"docker run --rm baremetal/vllm-standin:0.25.1-ray{RAY} python3 -c 'import ray; print(ray.__version__)'",
         )
+        for port in (6379, 6380, 6381):
+            assert not reaches(nodes.fleet.address(host), port), "this machine is no host of the cluster"
     before = [nodes.boxes.containers(host) for host in nodes.fleet.names]
     output, changed = nodes.play("--diff")
     assert set(changed.values()) == {0}, output
