@@ -49,7 +49,7 @@ test-serving: ## Real vLLM in containers, real parsers of five releases, Dify (a
 	@scripts/controller.sh requirements-dev.txt
 	@.venv/bin/pytest -v tests/serving
 
-test-cluster: ## Ray and vLLM over several containers through reboots, cuts and changes (as root, with Docker Engine; half an hour)
+test-cluster: ## Ray and vLLM over several containers through reboots, cuts and changes (as root, with Docker Engine; an hour)
 	@scripts/controller.sh requirements-dev.txt
 	@.venv/bin/pytest -s tests/cluster
 
