@@ -132,14 +132,14 @@ def test_with_rules_only_hosts_of_the_service_reach_ports(service: Service) -> N
     address, manage = fleet.address(service.head), fleet.manage(service.head)
     assert fleet.reaches(stranger, address, 6379)
     assert not fleet.reaches(stranger, manage, 6379)
-    service.play(vllm_interconnect_firewall=True)
+    service.play(vllm_interconnect_firewall="nftables")
     until(service.serves, 60)
     ports = sorted(fleet.listening(service.head))
     assert {6379, 6380, 6381} <= set(ports)
     for place in (address, manage):
         assert [port for port in ports if fleet.reaches(stranger, place, port)] == []
     assert [port for port in ports if not fleet.reaches(fleet.names[1], address, port)] == []
-    _, changed = service.play(vllm_interconnect_firewall=True)
+    _, changed = service.play(vllm_interconnect_firewall="nftables")
     assert set(changed.values()) == {0}
     service.play()
     assert fleet.reaches(stranger, address, 6379)
