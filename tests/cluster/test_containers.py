@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import PROMPTS, Site, six, write_standin
-from fleet import ROOT, Fleet, until
+from fleet import ROOT, Fleet, docker, until
 
 PLANNED = "vllm/vllm-openai-cpu:v0.32.0-x86_64"
 PLANNED_GPU = "vllm/vllm-openai:v0.25.1"
@@ -88,14 +88,12 @@ def boxes() -> Iterator[Boxes]:
     archive = Path(
         subprocess.run([script], check=True, capture_output=True, text=True).stdout.splitlines()[-1]
     ).resolve()
-    models, standin = CACHE / "models", CACHE / "standin"
+    models = CACHE / "models"
     six(models)
-    write_standin(standin)
     mounts = ["--volume", "/var/lib/docker", "--volume", "/var/lib/containerd"]
     for source, target in (
         (archive.parent, "/srv/images"),
         (models, "/opt/models"),
-        (standin, "/opt/standin"),
         (wheels(), "/srv/wheels"),
     ):
         mounts += ["--volume", f"{source}:{target}:ro"]
@@ -250,7 +248,11 @@ class Nodes:
 
 @pytest.fixture(scope="module")
 def nodes(boxes: Boxes) -> Nodes:
+    standin = CACHE / "standin-containers"
+    write_standin(standin)
     for host in boxes.fleet.names:
+        boxes.fleet.sh(host, "rm -rf /opt/standin")
+        docker("cp", str(standin), f"{host}:/opt/standin")
         boxes.fleet.sh(host, "ln -sf /opt/standin/nvidia-smi /usr/local/bin/nvidia-smi")
         # Docker gives GPUs to containers when it finds this program, which sets them up.
         boxes.fleet.sh(
