@@ -47,7 +47,8 @@ def test_the_roles_take_it(name: str, tmp_path: Path) -> None:
     for path in tmp_path.glob("*.json"):
         seen = json.loads(path.read_text())
         assert seen["plan"]["fits"] and seen["plan"]["problems"] == []
-        assert {row["runtime"] for row in seen["plan"]["services"]} == {"container"}
+        runtime = "venv" if name.startswith("v100") else "container"  # its README.md says why
+        assert {row["runtime"] for row in seen["plan"]["services"]} == {runtime}
         # What it finds is about this machine; a broken role would fail in other words.
         own_code = [row["name"] for row in seen["plan"]["services"] if "--trust-remote-code" in row["args"]]
         told = [
