@@ -178,3 +178,21 @@ def test_dead_variables_are_found(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert unread(tmp_path) == ["__r_dead", "__r_fact", "__r_result", "r_behind", "r_dead"]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_no_task_hides_a_variable_of_the_role(role: str) -> None:
+    """What set_fact and register name wins over vars/main.yml from then on, in all files of the role."""
+    known = {
+        name
+        for path in (ROOT / "roles" / role / "vars").glob("*.yml")
+        for name, value in (load(path) or {}).items()
+        if isinstance(value, str) and "{{" in value
+    }
+    named = {
+        name
+        for path in (ROOT / "roles" / role / "tasks").glob("*.yml")
+        for task in mappings(load(path))
+        for name in (*(task.get("ansible.builtin.set_fact") or {}), task.get("register"))
+    }
+    assert not known & named
