@@ -159,6 +159,8 @@ def _container(
     devices = []
     if gpus and options["gpus"] == "cdi":
         devices = [f"--device=nvidia.com/gpu={gpu}" for gpu in gpus]
+    elif gpus and options["gpus"] == "runtime":
+        devices = ["--runtime=nvidia", f"--env=NVIDIA_VISIBLE_DEVICES={','.join(map(str, gpus))}"]
     elif gpus:
         devices = ["--gpus", f'"device={",".join(map(str, gpus))}"']  # the quotes are Docker's own, for the commas
     return {

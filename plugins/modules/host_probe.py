@@ -85,10 +85,11 @@ fingerprints:
 docker:
   description:
     - C(version) of a Docker Engine that answers, empty without one; C(cdi), whether it knows NVIDIA's GPUs as CDI
-      devices; C(images), the id of each of O(images) that is there; C(free_mib) where images lie.
+      devices; C(nvidia_runtime), whether it knows NVIDIA's runtime; C(images), the id of each of O(images) that is there;
+      C(free_mib) where images lie.
   returned: when O(images) is given
   type: dict
-  sample: {version: 29.0.1, cdi: true, images: {"vllm/vllm-openai:v0.25.1": "sha256:..."}, free_mib: 81920}
+  sample: {version: 29.0.1, cdi: true, nvidia_runtime: true, images: {"vllm/vllm-openai:v0.25.1": "sha256:..."}, free_mib: 81920}
 free_mib:
   description: MiB that are free for this user below each path.
   returned: success
@@ -199,6 +200,7 @@ def docker(module, images):
     return {
         "version": info.get("ServerVersion", ""),
         "cdi": any("nvidia.com/gpu" in read(name) for name in specs),
+        "nvidia_runtime": "nvidia" in (info.get("Runtimes") or {}),
         "images": found,
         "free_mib": free_mib(info.get("DockerRootDir") or "/var/lib/docker"),
     }

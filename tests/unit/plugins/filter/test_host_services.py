@@ -251,6 +251,9 @@ class TestContainer:
             "--device=nvidia.com/gpu=GPU-1",
             "--device=nvidia.com/gpu=GPU-2",
         ]
+        options = in_container(gpus="runtime")["run_options"]
+        assert "--gpus" not in options
+        assert options[options.index("--runtime=nvidia") + 1] == "--env=NVIDIA_VISIBLE_DEVICES=GPU-1,GPU-2"
         assert "CUDA_VISIBLE_DEVICES" not in in_container()["env"]
 
     def test_files_that_arguments_name_are_there(self) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pwd
 import shutil
@@ -191,6 +192,38 @@ def test_a_python_that_cannot_make_environments(probe: Callable[..., Any], tmp_p
     (tmp_path / "hide/sitecustomize.py").write_text(hook)
     python = executable(tmp_path / "python", f'#!/bin/sh\nPYTHONPATH={tmp_path}/hide exec {sys.executable} "$@"\n')
     assert [found["venv"] for found in probe(pythons=[python])["pythons"]] == [False]
+
+
+@pytest.mark.parametrize(
+    ("dirs", "runtimes", "cdi", "runtime"),
+    [
+        (["{specs}"], {"runc": {}, "nvidia": {}}, True, True),
+        (None, {"runc": {}, "nvidia": {}}, False, True),  # Docker 20.10, whatever specifications there are
+        (["{specs}/none"], {"runc": {}}, False, False),
+    ],
+)
+def test_how_docker_gives_gpus_standin(
+    probe: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    dirs: list[str] | None,
+    runtimes: dict[str, Any],
+    cdi: bool,
+    runtime: bool,
+) -> None:
+    specs = tmp_path / "cdi"
+    specs.mkdir()
+    (specs / "nvidia.yaml").write_text("kind: nvidia.com/gpu\n")
+    info = {
+        "ServerVersion": "28.0.1",
+        "CDISpecDirs": dirs and [folder.format(specs=specs) for folder in dirs],
+        "Runtimes": runtimes,
+    }
+    (tmp_path / "info.json").write_text(json.dumps(info))
+    executable(tmp_path / "docker", f'#!/bin/sh\n[ "$1" = info ] || exit 1\ncat {tmp_path}/info.json\n')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    said = probe(images=["vllm/vllm-openai:v0.25.1"])["docker"]
+    assert (said["cdi"], said["nvidia_runtime"], said["images"]) == (cdi, runtime, {})
 
 
 @pytest.mark.parametrize(("params", "name"), [({"ports": ["x"]}, "ports"), ({"paths": {"a": 1}}, "paths")])
