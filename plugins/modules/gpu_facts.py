@@ -93,8 +93,8 @@ ansible_facts:
             - One entry a usable GPU, in the order of C(nvidia-smi), which is the order of the PCI bus.
             - C(index), C(uuid), C(name), C(memory_total_mib), C(memory_used_mib) (by others than O(own_paths)),
               C(memory_reserved_mib), C(compute_capability), C(pci_bus_id), C(mig) and C(mig_devices), each slice with
-              C(index), C(uuid), C(profile), C(memory_total_mib) and C(memory_used_mib). What the driver does not tell is
-              none.
+              C(index), C(uuid), C(profile), C(memory_total_mib) and C(memory_used_mib). Of compute instances that share a GPU
+              instance, and so its memory, the first is listed. What the driver does not tell is none.
           type: list
           elements: dict
         gpus_unusable:
@@ -345,6 +345,9 @@ def mig_devices(command, timeout):
         for device in gpu.iter("mig_device"):
             index = (device.findtext("index") or "").strip()
             profile, slice_uuid = named.get((parent, index), ("", ""))
+            instance = (device.findtext("gpu_instance_id") or "").strip()
+            if instance in [one["gpu_instance"] for one in found]:
+                continue  # memory that is counted already
             try:
                 total = mib(device.findtext("fb_memory_usage/total").strip())
             except (AttributeError, ValueError):
@@ -360,7 +363,7 @@ def mig_devices(command, timeout):
                     "profile": profile,
                     "memory_total_mib": total,
                     "memory_used_mib": used,
-                    "gpu_instance": (device.findtext("gpu_instance_id") or "").strip(),
+                    "gpu_instance": instance,
                 }
             )
         slices[parent] = found

@@ -217,6 +217,8 @@ MODULES = "/sys/module"
 PROC = "/proc"
 NVSWITCH = "/proc/driver/nvidia-nvswitch/devices"
 EFI = "/sys/firmware/efi/efivars"
+# Names of the module: everybody's, and those of Debian's packages.
+NAMES = ("nvidia", "nvidia-current", "nvidia-current-open")
 KERNELS = "/lib/modules"
 BOOT = "/boot"
 LIBRARIES = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib")
@@ -243,7 +245,7 @@ def loaded():
 def on_disk(kernel):
     """Version, flavour and path of the module built for a kernel, {} where there is none."""
     fields = {}
-    for name in ("nvidia", "nvidia-current"):  # the latter is Debian's name
+    for name in NAMES:
         for line in output("modinfo", "-k", kernel, name).splitlines():
             key, _colon, value = line.partition(":")
             fields.setdefault(key.strip(), value.strip())
@@ -264,7 +266,7 @@ def dkms_rows(text, module):
     rows = []
     for line in text.splitlines():
         found = re.match(r"(\S+?)(?:/|, )([^,:\s]+)(?:, ([^,]+), [^:]+)?: (\S+)", line.strip())
-        if found and found.group(1) in (module, "nvidia-current", "nvidia-open"):
+        if found and found.group(1) in (module, "nvidia-open") + NAMES:
             rows.append(
                 {
                     "module": found.group(1),
@@ -313,7 +315,8 @@ def compiler(kernel):
         "%s/config-%s" % (BOOT, kernel),
         "%s/%s/config" % (KERNELS, kernel),
     ):
-        found = re.search(r'^CONFIG_CC_VERSION_TEXT="([^"]*)"', read(path), re.M)
+        # Kernels before 5.8, such as that of EL 8, have it in a comment.
+        found = re.search(r'^(?:CONFIG_CC_VERSION_TEXT="|# Compiler: )([^"\n]*)', read(path), re.M)
         if found:
             text = found.group(1)
             command = text.split(" ")[0]

@@ -1,11 +1,71 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Packages of the wanted branch and no newer one, a module by the kernel's compiler, and everything that goes with it in its version."""
+"""The wanted branch and no newer one, a module by the kernel's compiler, and everything that goes with it in its version."""
 
 from __future__ import annotations
 
 import pytest
 
-VERSION = "580.95.05"
+# Host -> driver, tree in DKMS, compiler, package of headers to come, packages that are held, package of nvidia-smi
+HOSTS = {
+    "packages-debian12": (
+        "535.309.01",
+        "nvidia-current",
+        "gcc-12",
+        "linux-headers-amd64",
+        {"linux-headers-amd64", "nvidia-kernel-dkms", "nvidia-fabricmanager-535"},
+        "nvidia-smi",
+    ),
+    "packages-ubuntu2204": (
+        "580.95.05",
+        "nvidia",
+        "x86_64-linux-gnu-gcc-12",
+        "linux-headers-generic-hwe-22.04",
+        {"linux-image-generic-hwe-22.04", "nvidia-dkms-580-server-open", "nvidia-fabricmanager"},
+        "nvidia-utils-580-server",
+    ),
+    "packages-rocky9": (
+        "580.95.05",
+        "nvidia",
+        "gcc",
+        "kernel-devel",
+        {"kernel-core-0:5.14.0", "kmod-nvidia-open-dkms-3:580", "nvidia-fabricmanager-0:580"},
+        "nvidia-driver-cuda",
+    ),
+    "runfile-ubuntu2204": (
+        "580.95.05",
+        "nvidia",
+        "x86_64-linux-gnu-gcc-12",
+        "linux-headers-generic-hwe-22.04",
+        {"linux-image-generic-hwe-22.04", "nvidia-fabricmanager"},
+        "",
+    ),
+    "runfile-rocky9": (
+        "580.95.05",
+        "nvidia",
+        "gcc",
+        "kernel-devel",
+        {"kernel-core-0:5.14.0", "nvidia-fabricmanager-0:580"},
+        "",
+    ),
+    "runfile-rocky8": (
+        "580.95.05",
+        "nvidia",
+        "gcc",
+        "kernel-devel",
+        {"kernel-core-0:4.18.0", "nvidia-fabricmanager-0:580"},
+        "",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def name(host):
+    return host.check_output("cat /etc/hostname")
+
+
+@pytest.fixture(scope="module")
+def version(name):
+    return HOSTS[name][0]
 
 
 @pytest.fixture(scope="module")
@@ -18,11 +78,15 @@ def apt(host):
     return host.exists("apt-get")
 
 
-def test_the_driver_is_of_the_wanted_branch(host, kernel, apt):
-    assert VERSION in host.package("nvidia-utils-580-server" if apt else "nvidia-driver-cuda").version
-    assert host.check_output(f"modinfo -k {kernel} -F version nvidia") == VERSION
-    assert f"nvidia/{VERSION}, {kernel}, x86_64: installed" in host.check_output("dkms status")
-    assert VERSION in host.file("/proc/driver/nvidia/version").content_string
+def test_the_driver_is_of_the_wanted_branch(host, name, kernel, version):
+    tree, package = HOSTS[name][1], HOSTS[name][5]
+    if package:
+        assert version in host.package(package).version
+    else:
+        assert host.exists("nvidia-uninstall")
+    assert host.check_output(f"modinfo -k {kernel} -F version {tree}") == version
+    assert f"{tree}/{version}, {kernel}, x86_64: installed" in host.check_output("dkms status")
+    assert version in host.file("/proc/driver/nvidia/version").content_string
     assert len(host.check_output("nvidia-smi -L").splitlines()) == 2
 
 
@@ -32,17 +96,22 @@ def test_the_stream_is_the_branchs(host, apt):
     assert "stream=580-open" in host.file("/etc/dnf/modules.d/nvidia-driver.module").content_string
 
 
-def test_the_compiler_of_the_kernel_built_it(host, kernel, apt):
-    log = host.check_output(f"cat /var/lib/dkms/nvidia/{VERSION}/{kernel}/x86_64/log/make.log")
-    assert f"CC={'x86_64-linux-gnu-gcc-12' if apt else 'gcc'}" in log
+def test_the_compiler_of_the_kernel_built_it(host, name, kernel, version):
+    tree, compiler = HOSTS[name][1:3]
+    log = host.check_output(f"cat /var/lib/dkms/{tree}/{version}/{kernel}/x86_64/log/make.log")
+    assert f"CC={compiler}" in log
+    if name.startswith("runfile"):
+        log = host.file("/var/log/nvidia-installer.log").content_string
+        assert f'Performing CC sanity check with CC="{compiler}"' in log
 
 
-def test_headers_of_kernels_to_come(host, apt):
-    assert host.package("linux-headers-generic-hwe-22.04" if apt else "kernel-devel").is_installed
+def test_headers_of_kernels_to_come(host, name):
+    assert host.package(HOSTS[name][3]).is_installed
 
 
-def test_the_fabric_manager_is_of_the_drivers_version_and_runs(host):
-    assert host.package("nvidia-fabricmanager").version.startswith(VERSION)
+def test_the_fabric_manager_is_of_the_drivers_version_and_runs(host, name, version):
+    package = "nvidia-fabricmanager-535" if name == "packages-debian12" else "nvidia-fabricmanager"
+    assert host.package(package).version.startswith(version)
     assert host.service("nvidia-fabricmanager").is_running
     assert host.service("nvidia-fabricmanager").is_enabled
 
@@ -53,14 +122,23 @@ def test_daemon_and_check_are_enabled(host):
     assert host.service("baremetal-nvidia-check").is_enabled
 
 
-def test_kernel_and_driver_are_held(host, apt):
-    if apt:
-        held = host.check_output("apt-mark showhold").split()
-        assert {"linux-image-generic-hwe-22.04", "nvidia-dkms-580-server-open", "nvidia-fabricmanager"} <= set(held)
-    else:
-        held = host.check_output("dnf -q versionlock list")
-        for name in ("kernel-core-0:5.14.0", "kmod-nvidia-open-dkms-3:580", "nvidia-fabricmanager-0:580"):
-            assert name in held
+def test_the_check_at_boot_builds_a_module_that_is_missing(host, name, kernel, version):
+    tree = HOSTS[name][1]
+    host.check_output(f"dkms uninstall -m {tree} -v {version} -k {kernel}")
+    host.check_output(f"find /lib/modules/{kernel} -name 'nvidia*.ko' -delete")
+    assert host.run(f"modinfo -k {kernel} {tree}").rc != 0
+    host.check_output("systemctl restart baremetal-nvidia-check")
+    assert host.check_output(f"modinfo -k {kernel} -F version {tree}") == version
+
+
+def test_kernel_and_driver_are_held(host, name, apt):
+    held = host.check_output("apt-mark showhold" if apt else "dnf -q versionlock list")
+    assert [wanted for wanted in HOSTS[name][4] if wanted not in held] == []
+
+
+def test_what_the_role_notes_is_what_it_holds(host):
+    noted = host.file("/var/lib/baremetal/nvidia_driver.held").content_string.split()
+    assert [one for one in noted if one.startswith("nvidia-fabricmanager")]
 
 
 def test_options_of_modules(host):
@@ -68,15 +146,17 @@ def test_options_of_modules(host):
     assert "options nvidia_uvm uvm_disable_hmm=1" in text
 
 
-def test_toolkits_side_by_side_and_no_driver_with_them(host):
+def test_toolkits_side_by_side_and_no_driver_with_them(host, name):
+    assert not host.package("cuda-drivers").is_installed
+    if name not in ("packages-ubuntu2204", "packages-rocky9"):
+        pytest.skip("has none")
     assert host.file("/usr/local/cuda").linked_to == "/usr/local/cuda-12.9"
     assert "release 12.9" in host.check_output("sh -lc 'nvcc --version'")
     assert "release 13.0" in host.check_output("/usr/local/cuda-13.0/bin/nvcc --version")
-    assert not host.package("cuda-drivers").is_installed
 
 
-def test_the_container_toolkit_by_dnf(host, apt):
-    if apt:
+def test_the_container_toolkit_by_dnf(host, name, version):
+    if name != "packages-rocky9":
         pytest.skip("the scenario nvidia_container_toolkit_standin has it")
     packages = (
         "nvidia-container-toolkit",
@@ -84,11 +164,6 @@ def test_the_container_toolkit_by_dnf(host, apt):
         "libnvidia-container-tools",
         "libnvidia-container1",
     )
-    assert {host.package(name).version for name in packages} == {"1.20.0"}
-    assert all(f"{name}-0:1.20.0" in host.check_output("dnf -q versionlock list") for name in packages)
-    assert f"libcuda.so.{VERSION}" in host.check_output("cat /run/cdi/nvidia.yaml")
-
-
-def test_what_the_role_notes_is_what_it_holds(host, apt):
-    noted = host.file("/var/lib/baremetal/nvidia_driver.held").content_string.split()
-    assert "nvidia-fabricmanager" in noted
+    assert {host.package(package).version for package in packages} == {"1.20.0"}
+    assert all(f"{package}-0:1.20.0" in host.check_output("dnf -q versionlock list") for package in packages)
+    assert f"libcuda.so.{version}" in host.check_output("cat /run/cdi/nvidia.yaml")

@@ -4,15 +4,16 @@
 #   make-repositories.sh apt|dnf FOLDER        on Debian 12, as root, with its package mirror in reach
 # apt:
 #     ubuntu-more/                            what Ubuntu 22.04 has for building modules, and its driver packages
+#     debian-non-free/                        Debian 12's driver packages
 #     repos/{ubuntu2204,debian12}/x86_64/     NVIDIA's: toolkits and fabric manager; local/: the same without a network
 #     libnvidia-container/                    the container toolkit's
 # dnf:
-#     rocky/9/AppStream/, epel/               the same of Rocky 9, where EPEL has dkms
+#     rocky/{8,9}/AppStream/, epel/           the same of Rocky, where EPEL has dkms
 #     repos/rhel9/x86_64/                     NVIDIA's, drivers by module streams
 #     libnvidia-container/                    the container toolkit's
 # and pins.json with the keys' sums and fingerprints.
-# dkms, kmod and dnf's versionlock are the real programs. The compiler is a stand-in: `make` takes only what DKMS and the role's
-# settings give it, needs the CC that it is given, and writes a module that modinfo reads.
+# dkms, kmod and dnf's versionlock are the real programs. The compiler is a stand-in: `make` takes only what the installer, DKMS and the
+# role's settings give it and needs the kernel's own compiler, which writes a module that modinfo reads.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 family=$1 to=$2
@@ -22,7 +23,7 @@ echo "APT::Sandbox::User root;" > /etc/apt/apt.conf.d/99root
 apt-get update -qq
 builders=(apt-utils)
 [ "$family" = dnf ] && builders=(rpm createrepo-c)
-apt-get install -qqy --no-install-recommends gpg gpg-agent gcc libc6-dev "${builders[@]}" > /dev/null
+apt-get install -qqy --no-install-recommends gpg gpg-agent "${builders[@]}" > /dev/null
 export GNUPGHOME=$work/gnupg
 mkdir -m 700 "$GNUPGHOME"
 
@@ -36,28 +37,21 @@ script() { # path, then its content on standard input
   cat > "$1"
   chmod 755 "$1"
 }
-module() { # version, licence, path: an object that modinfo reads
-  local name
-  name=$(basename "$3" .ko)
-  printf '#define I(n, t) static const char n[] __attribute__((section(".modinfo"), used)) = t;\nI(a, "version=%s") I(b, "license=%s") I(c, "name=%s")\n' \
-    "$1" "$2" "$name" > "$work/module.c"
-  mkdir -p "$(dirname "$3")"
-  gcc -c -o "$3" "$work/module.c"
-}
-headers() { # tree, release, compiler's text
+headers() { # tree, release, the line of its configuration that names the compiler
   local source=$1/usr/src/linux-headers-$2
   mkdir -p "$source/include/generated" "$1/lib/modules/$2"
   echo '/* stand-in */' > "$source/include/generated/autoconf.h"
-  printf 'CONFIG_CC_IS_GCC=y\nCONFIG_CC_VERSION_TEXT="%s"\n' "$3" > "$source/.config"
+  printf '%s\nCONFIG_CC_IS_GCC=y\n' "$3" > "$source/.config"
   echo '# the stand-in of make knows what to do' > "$source/Makefile"
   ln -s "/usr/src/linux-headers-$2" "$1/lib/modules/$2/build"
 }
-driver_source() { # tree, version, licence
-  local source=$1/usr/src/nvidia-$2
-  module "$2" "$3" "$source/nvidia.ko.in"
-  module "$2" "$3" "$source/nvidia-uvm.ko.in"
-  cp "$here/dkms.conf" "$source/dkms.conf"
-  sed -i "s/@VERSION@/$2/" "$source/dkms.conf"
+driver_source() { # tree, version, licence, name of its tree in DKMS, what is put before its modules' names in there
+  local source=$1/usr/src/${4:-nvidia}-$2
+  mkdir -p "$source"
+  cp "$here"/../nvidia_runfile/payload/kernel/* "$source/"
+  sed -i "s|@VERSION@|$2|; s|@LICENSE@|$3|" "$source"/*
+  sed -i "s|PACKAGE_NAME=.*|PACKAGE_NAME=\"${4:-nvidia}\"|" "$source/dkms.conf"
+  [ -z "${5:-}" ] || printf 'DEST_MODULE_NAME[0]="%s"\nDEST_MODULE_NAME[1]="%s-uvm"\n' "$5" "$5" >> "$source/dkms.conf"
 }
 libraries() { # tree, folder, version
   mkdir -p "$1$2"
@@ -96,26 +90,28 @@ toolkit() { # tree, series, full version
 compiler() { # tree, name
   script "$1/usr/bin/$2" < "$here/cc"
 }
-dkms_hook='for tree in /usr/src/nvidia-@VERSION@; do
-  [ -n "$(dkms status -m nvidia -v @VERSION@)" ] || dkms add -m nvidia -v @VERSION@
-  for kernel in $(ls /lib/modules); do
-    [ -e /lib/modules/$kernel/build/Makefile ] || continue
-    dkms build -m nvidia -v @VERSION@ -k $kernel && dkms install --force -m nvidia -v @VERSION@ -k $kernel
-  done
-done'
+dkms_hook() { # version, name of the tree in DKMS: what its package does when it is installed
+  sed "s/@VERSION@/$1/g; s/@NAME@/${2:-nvidia}/g" <<'END'
+[ -n "$(dkms status -m @NAME@ -v @VERSION@)" ] || dkms add -m @NAME@ -v @VERSION@
+for kernel in $(ls /lib/modules); do
+  [ -e /lib/modules/$kernel/build/Makefile ] || continue
+  dkms build -m @NAME@ -v @VERSION@ -k $kernel && dkms install --force -m @NAME@ -v @VERSION@ -k $kernel
+done
+END
+}
 tree() { # name: an empty tree
   rm -rf "$work/tree"
   mkdir -p "$work/tree"
 }
 
 # ---- packages ----
-deb() { # folder, name, version, further fields, postinst
+deb() { # folder, name, version, further fields, postinst, name of its tree in DKMS
   mkdir -p "$work/tree/DEBIAN" "$to/$1"
   printf 'Package: %s\nVersion: %s\nArchitecture: amd64\nMaintainer: stand-in <root@localhost>\n%bDescription: stand-in\n' \
     "$2" "$3" "${4:+$4\n}" > "$work/tree/DEBIAN/control"
   if [ -n "${5:-}" ]; then
     printf '#!/bin/sh\nset -e\n%s\n' "$5" > "$work/tree/DEBIAN/postinst"
-    printf '#!/bin/sh\ndkms remove -m nvidia -v %s --all || true\n' "${3%%-*}" > "$work/tree/DEBIAN/prerm"
+    printf '#!/bin/sh\ndkms remove -m %s -v %s --all || true\n' "${6:-nvidia}" "${3%%-*}" > "$work/tree/DEBIAN/prerm"
     chmod 755 "$work/tree/DEBIAN/postinst" "$work/tree/DEBIAN/prerm"
   fi
   [ ! -d "$work/tree/etc" ] || (cd "$work/tree" && find etc -type f | sed 's|^|/|' > DEBIAN/conffiles)
@@ -132,7 +128,7 @@ rpm_of() { # folder, name, version, release, further lines of the header, %post,
       printf '%%post\n%s\n%%preun\n%s\n' "$6" "${7:-dkms remove -m nvidia -v $3 --all || true}"
     fi
     printf '%%files\n'
-    (cd "$work/tree" && find . -type f -o -type l | sed 's|^\.|"|; s|$|"|')
+    (cd "$work/tree" && find . -type f -o -type l | sed 's|^\.|"|; s|$|"|' && find . -mindepth 1 -type d -empty | sed 's|^\.|%dir "|; s|$|"|')
   } > "$work/package.spec"
   rpmbuild --quiet -bb --define "_topdir $work/rpmbuild" --define "_rpmdir $to/$1" --define '_rpmfilename %%{NAME}-%%{VERSION}-%%{RELEASE}.%%{ARCH}.rpm' \
     --define '_binary_payload w1.gzdio' --define '_build_id_links none' "$work/package.spec" > "$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
@@ -175,7 +171,7 @@ compiler "$work/tree" x86_64-linux-gnu-gcc-12; ln -s x86_64-linux-gnu-gcc-12 "$w
 deb ubuntu-more gcc-12 12.3.0-1ubuntu1~22.04
 compiler "$work/tree" x86_64-linux-gnu-g++-11; ln -s x86_64-linux-gnu-g++-11 "$work/tree/usr/bin/g++"
 deb ubuntu-more g++ 4:11.2.0-1ubuntu1
-headers "$work/tree" $ubuntu_kernel 'x86_64-linux-gnu-gcc-12 (Ubuntu 12.3.0-1ubuntu1~22.04) 12.3.0'
+headers "$work/tree" $ubuntu_kernel 'CONFIG_CC_VERSION_TEXT="x86_64-linux-gnu-gcc-12 (Ubuntu 12.3.0-1ubuntu1~22.04) 12.3.0"'
 deb ubuntu-more linux-headers-$ubuntu_kernel 6.8.0-90.91~22.04.1
 deb ubuntu-more linux-headers-generic-hwe-22.04 6.8.0-90.91~22.04.1 "Depends: linux-headers-$ubuntu_kernel"
 deb ubuntu-more linux-image-$ubuntu_kernel 6.8.0-90.91~22.04.1
@@ -183,7 +179,7 @@ deb ubuntu-more linux-image-generic-hwe-22.04 6.8.0-90.91~22.04.1 "Depends: linu
 for version in 580.95.05 580.126.20; do
   revision=$version-0ubuntu0.22.04.1
   driver_source "$work/tree" $version 'Dual MIT/GPL'
-  deb ubuntu-more nvidia-dkms-580-server-open $revision 'Depends: dkms' "${dkms_hook//@VERSION@/$version}"
+  deb ubuntu-more nvidia-dkms-580-server-open $revision 'Depends: dkms' "$(dkms_hook $version)"
   libraries "$work/tree" /usr/lib/x86_64-linux-gnu $version
   deb ubuntu-more libnvidia-compute-580-server $revision
   smi "$work/tree" $version
@@ -195,12 +191,36 @@ done
 publish_flat ubuntu-more Ubuntu distribution@standin
 gpg --export distribution@standin > "$to/ubuntu-more/key.gpg"
 
+# Debian 12's, in non-free: modules and their tree are called nvidia-current, and alternatives lead to them
+version=535.309.01 revision=535.309.01-0+deb12u1
+driver_source "$work/tree" $version NVIDIA nvidia-current nvidia-current
+deb debian-non-free nvidia-kernel-dkms $revision 'Depends: dkms' "$(dkms_hook $version nvidia-current)" nvidia-current
+libraries "$work/tree" /usr/lib/x86_64-linux-gnu/nvidia/current $version
+current=usr/lib/x86_64-linux-gnu/nvidia/current
+mkdir -p "$work/ml/$current"; mv "$work/tree/$current"/libnvidia-ml.* "$work/ml/$current/"
+ln -s nvidia/current/libcuda.so.1 "$work/tree/usr/lib/x86_64-linux-gnu/libcuda.so.1"
+deb debian-non-free libcuda1 $revision
+cp -a "$work/ml/." "$work/tree/"
+ln -s nvidia/current/libnvidia-ml.so.1 "$work/tree/usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1"
+deb debian-non-free libnvidia-ml1 $revision
+smi "$work/tree" $version
+mkdir -p "$work/tree/usr/lib/nvidia"; touch "$work/tree/usr/lib/nvidia/alternate-install-present"
+deb debian-non-free nvidia-smi $revision "Depends: libnvidia-ml1 (= $revision)"
+deb debian-non-free nvidia-driver-libs $revision
+persistenced "$work/tree" $version
+deb debian-non-free nvidia-persistenced 535.171.04-1~deb12u1
+# The open modules are behind, and need a firmware that the others' update has taken away.
+deb debian-non-free nvidia-open-kernel-dkms 535.261.03-1 'Depends: dkms, firmware-nvidia-gsp-535.261.03'
+publish_flat debian-non-free Debian distribution@standin
+cp "$to/ubuntu-more/key.gpg" "$to/debian-non-free/key.gpg"
+
 # NVIDIA's, for apt
 for release in ubuntu2204 debian12; do
   apt=repos/$release/x86_64
   toolkit "$work/tree" 12.9 12.9.1; deb $apt cuda-toolkit-12-9 12.9.1-1
   toolkit "$work/tree" 13.0 13.0.2; deb $apt cuda-toolkit-13-0 13.0.2-1
   for version in 580.95.05 580.126.20; do fabric "$work/tree" $version; deb $apt nvidia-fabricmanager $version-1; done
+  for version in 535.288.01 535.309.01; do fabric "$work/tree" $version; deb $apt nvidia-fabricmanager-535 $version-1; done
   deb $apt cuda-drivers 590.48.01-1
   publish_flat $apt 'NVIDIA CUDA' nvidia@standin
   mkdir -p "$work/tree/usr/share/keyrings"
@@ -236,7 +256,6 @@ printf '{"keyring": {"ubuntu2204": "%s", "debian12": "%s"}, "toolkit": "%s", "lo
   "$toolkit_key" "$(sum "$to"/local/*.deb)" "$(sum "$to"/local/cuda_12*.run)" "$(sum "$to"/local/cuda_13*.run)" > "$to/pins.json"
 else
 # Rocky's own, and EPEL
-rocky_kernel=5.14.0-570.el9.x86_64
 for name in make gcc gcc-c++ glibc-devel elfutils-libelf-devel bzip2; do
   case $name in
     make) script "$work/tree/usr/bin/make" < "$here/make" ;;
@@ -253,7 +272,7 @@ rpm_of rocky/9/AppStream kmod 28 10.el9
 real dnf-plugins-core "$work/tree"
 find "$work/tree" -type f ! -name '*versionlock*' ! -path '*/dnfpluginscore/*' -delete
 rpm_of rocky/9/AppStream python3-dnf-plugin-versionlock 4.3.0 20.el9
-headers "$work/tree" $rocky_kernel 'gcc (GCC) 11.5.0 20240719 (Red Hat 11.5.0-5)'
+headers "$work/tree" 5.14.0-570.el9.x86_64 'CONFIG_CC_VERSION_TEXT="gcc (GCC) 11.5.0 20240719 (Red Hat 11.5.0-5)"'
 mv "$work/tree/lib" "$work/tree/usr/lib"
 rpm_of rocky/9/AppStream kernel-devel 5.14.0 570.el9
 for name in kernel kernel-core kernel-modules; do rpm_of rocky/9/AppStream $name 5.14.0 570.el9; done
@@ -263,6 +282,15 @@ printf '[epel]\nname = Extra Packages for Enterprise Linux (stand-in)\nbaseurl =
 rpm_of rocky/9/AppStream epel-release 9 9.el9
 real dkms "$work/tree"; rm -rf "$work/tree"/{etc/kernel,lib,usr/lib/systemd,usr/share/apport}
 rpm_of epel dkms 3.0.10 1.el9 'Requires: kmod, make'
+# Rocky 8 has the same but an older kernel, whose configuration tells the compiler in another way.
+mkdir -p "$to/rocky/8/AppStream"
+cp "$to"/rocky/9/AppStream/*.rpm "$to/rocky/8/AppStream/"
+rm "$to"/rocky/8/AppStream/kernel-*.rpm
+headers "$work/tree" 4.18.0-553.el8_10.x86_64 '# Compiler: gcc (GCC) 8.5.0 20210514 (Red Hat 8.5.0-22)'
+mv "$work/tree/lib" "$work/tree/usr/lib"
+rpm_of rocky/8/AppStream kernel-devel 4.18.0 553.el8_10
+for name in kernel kernel-core kernel-modules; do rpm_of rocky/8/AppStream $name 4.18.0 553.el8_10; done
+publish_rpm rocky/8/AppStream distribution@standin
 publish_rpm rocky/9/AppStream distribution@standin
 publish_rpm epel distribution@standin
 gpg --armor --export distribution@standin > "$to/rocky/9/key.asc"
@@ -271,7 +299,7 @@ gpg --armor --export distribution@standin > "$to/rocky/9/key.asc"
 rhel=repos/rhel9/x86_64
 for version in 580.95.05 590.48.01; do
   driver_source "$work/tree" $version 'Dual MIT/GPL'
-  rpm_of $rhel kmod-nvidia-open-dkms $version 1.el9 'Epoch: 3\nRequires: dkms' "${dkms_hook//@VERSION@/$version}"
+  rpm_of $rhel kmod-nvidia-open-dkms $version 1.el9 'Epoch: 3\nRequires: dkms' "$(dkms_hook $version)"
   libraries "$work/tree" /usr/lib64 $version; smi "$work/tree" $version
   rpm_of $rhel nvidia-driver-cuda $version 1.el9 "Epoch: 3"
   persistenced "$work/tree" $version
@@ -299,10 +327,12 @@ for stream in 580-open:580.95.05 open-dkms:590.48.01; do
   printf -- '---\ndocument: modulemd\nversion: 2\ndata:\n  name: nvidia-driver\n  stream: %s\n  version: 20260101000000\n  context: 8e3b%s\n  arch: x86_64\n  summary: stand-in\n  description: stand-in\n  license: {module: [NVIDIA]}\n  artifacts:\n    rpms:\n' \
     "${stream%:*}" "${version%%.*}f"
   for name in kmod-nvidia-open-dkms nvidia-driver-cuda nvidia-persistenced; do printf '    - %s-3:%s-1.el9.x86_64\n' $name "$version"; done
+  printf '    - nvidia-fabricmanager-0:%s-1.x86_64\n' "$version"
   printf '...\n'
 done > "$modules"
 printf -- '---\ndocument: modulemd-defaults\nversion: 1\ndata:\n  module: nvidia-driver\n  stream: open-dkms\n  profiles: {}\n...\n' >> "$modules"
 modifyrepo_c --mdtype=modules "$modules" "$to/$rhel/repodata" > /dev/null
+cp -r "$to/repos/rhel9" "$to/repos/rhel8"
 
 key toolkit@standin
 # The container toolkit's, for dnf

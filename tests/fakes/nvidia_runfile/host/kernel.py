@@ -26,13 +26,17 @@ def kernel():
 
 
 def field(name, module):
-    done = subprocess.run(
-        ["/sbin/modinfo", "-k", kernel(), "-F", name, module.replace("_", "-")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
+    module = module.replace("_", "-")
+    for file in (module, module.replace("nvidia", "nvidia-current", 1)):  # the latter is Debian's, by its modprobe.d
+        done = subprocess.run(
+            ["/sbin/modinfo", "-k", kernel(), "-F", name, file],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.strip().splitlines()[0]
+    return ""
 
 
 def gpus():

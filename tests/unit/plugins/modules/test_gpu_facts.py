@@ -347,6 +347,93 @@ def test_slices_of_a_gpu(
     ]
 
 
+# A100 40 GB as NVIDIA's guide to MIG divides it: 3g.20gb with two compute instances that share its 20 GB, and a 2g.10gb. Two forms of
+# -L: that of the first drivers with MIG, and today's.
+SHARED_XML = """<?xml version="1.0" ?>
+<!DOCTYPE nvidia_smi_log SYSTEM "nvsmi_device_v12.dtd">
+<nvidia_smi_log>
+	<driver_version>535.129.03</driver_version>
+	<attached_gpus>2</attached_gpus>
+	<gpu id="00000000:00:06.0">
+		<mig_mode>
+			<current_mig>Enabled</current_mig>
+			<pending_mig>Enabled</pending_mig>
+		</mig_mode>
+		<mig_devices>{devices}
+		</mig_devices>
+		<fb_memory_usage>
+			<total>40960 MiB</total>
+			<reserved>446 MiB</reserved>
+			<used>31 MiB</used>
+		</fb_memory_usage>
+		<uuid>{first}</uuid>
+	</gpu>
+	<gpu id="00000000:00:07.0">
+		<mig_mode>
+			<current_mig>N/A</current_mig>
+		</mig_mode>
+		<mig_devices>
+			None
+		</mig_devices>
+		<uuid>{second}</uuid>
+	</gpu>
+</nvidia_smi_log>
+"""
+SHARED_DEVICE = """
+			<mig_device>
+				<index>{0}</index>
+				<gpu_instance_id>{1}</gpu_instance_id>
+				<compute_instance_id>{2}</compute_instance_id>
+				<device_attributes>
+					<shared>
+						<multiprocessor_count>14</multiprocessor_count>
+					</shared>
+				</device_attributes>
+				<ecc_error_count>
+					<volatile_count>
+						<sram_uncorrectable>0</sram_uncorrectable>
+					</volatile_count>
+				</ecc_error_count>
+				<fb_memory_usage>
+					<total>{3} MiB</total>
+					<reserved>0 MiB</reserved>
+					<used>19 MiB</used>
+					<free>1 MiB</free>
+				</fb_memory_usage>
+				<bar1_memory_usage>
+					<total>32767 MiB</total>
+				</bar1_memory_usage>
+			</mig_device>"""
+
+
+@pytest.mark.parametrize(
+    "uuids",
+    [
+        ("MIG-{0}/2/0", "MIG-{0}/2/1", "MIG-{0}/5/0"),
+        tuple(f"MIG-e07a497d-1bb6-5a42-b670-1c33bf55ab6{number}" for number in range(3)),
+    ],
+)
+def test_compute_instances_that_share_memory_count_once(
+    scene: Callable[..., None], facts: Callable[..., Any], uuids: tuple[str, ...]
+) -> None:
+    first, second = captured_gpus()
+    own = [uuid.format(first["uuid"]) for uuid in uuids]
+    devices = "".join(SHARED_DEVICE.format(*row) for row in ((0, 2, 0, 20096), (1, 2, 1, 20096), (2, 5, 0, 9984)))
+    xml = SHARED_XML.format(devices=devices, first=first["uuid"], second=second["uuid"])
+    listed = f"""GPU 0: NVIDIA A100-SXM4-40GB (UUID: {first["uuid"]})
+  MIG 1c.3g.20gb  Device  0: (UUID: {own[0]})
+  MIG 1c.3g.20gb  Device  1: (UUID: {own[1]})
+  MIG 2g.10gb+me  Device  2: (UUID: {own[2]})
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: {second["uuid"]})
+"""
+    scene(**{**two_h200s(), "gpus": [{**first, "mig.mode.current": "Enabled"}, second]}, xml=xml, list=listed)
+    found = facts()["gpus"][0]["mig_devices"]
+    assert [(one["index"], one["uuid"], one["profile"], one["memory_total_mib"]) for one in found] == [
+        (0, own[0], "1c.3g.20gb", 20096),
+        (2, own[2], "2g.10gb+me", 9984),
+    ]
+
+
 def test_mig_without_slices(scene: Callable[..., None], facts: Callable[..., Any]) -> None:
     first, second = captured_gpus()
     text = "<nvidia_smi_log><gpu><uuid>x</uuid><mig_devices>None</mig_devices></gpu></nvidia_smi_log>"

@@ -53,15 +53,20 @@ def test_dkms_rows(line, row):
 
 
 @pytest.mark.parametrize(
-    ("text", "command"),
+    ("form", "text", "command"),
     [
-        ("gcc-12 (Debian 12.2.0-14+deb12u1) 12.2.0", "gcc-12"),
-        ("x86_64-linux-gnu-gcc-12 (Ubuntu 12.3.0-1ubuntu1~22.04) 12.3.0", "x86_64-linux-gnu-gcc-12"),
-        ("gcc (GCC) 11.4.1 20230605 (Red Hat 11.4.1-2)", "gcc"),
+        ('CONFIG_CC_VERSION_TEXT="{}"', "gcc-12 (Debian 12.2.0-14+deb12u1) 12.2.0", "gcc-12"),
+        (
+            'CONFIG_CC_VERSION_TEXT="{}"',
+            "x86_64-linux-gnu-gcc-12 (Ubuntu 12.3.0-1ubuntu1~22.04) 12.3.0",
+            "x86_64-linux-gnu-gcc-12",
+        ),
+        ('CONFIG_CC_VERSION_TEXT="{}"', "gcc (GCC) 11.4.1 20230605 (Red Hat 11.4.1-2)", "gcc"),
+        ("#\n# Compiler: {}\n#", "gcc (GCC) 8.5.0 20210514 (Red Hat 8.5.0-26)", "gcc"),  # kernel 4.18 of EL 8
     ],
 )
-def test_compiler_of_a_kernel(tmp_path, monkeypatch, text, command):
-    (tmp_path / "config-6.1").write_text(f'CONFIG_CC_IS_GCC=y\nCONFIG_CC_VERSION_TEXT="{text}"\n')
+def test_compiler_of_a_kernel(tmp_path, monkeypatch, form, text, command):
+    (tmp_path / "config-6.1").write_text(f"{form.format(text)}\nCONFIG_CC_IS_GCC=y\n")
     monkeypatch.setattr(nvidia_driver_info, "KERNELS", str(tmp_path / "modules"))
     monkeypatch.setattr(nvidia_driver_info, "BOOT", str(tmp_path))
     found = nvidia_driver_info.compiler("6.1")

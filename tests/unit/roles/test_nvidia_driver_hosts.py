@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the role nvidia_driver makes of a host: its expressions, with the vars files of each distribution and a look at a host that is
+written here. The same on test hosts: molecule/nvidia_driver_changes_standin and nvidia_packages_standin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible.parsing.dataloader import DataLoader
+
+ROLE = Path(__file__).parents[3] / "roles/nvidia_driver"
+DEBIAN, UBUNTU, ROCKY8, ROCKY9 = (
+    {"os_family": "Debian", "distribution": "Debian", "distribution_version": "12.11", "distribution_major_version": "12"},
+    {"os_family": "Debian", "distribution": "Ubuntu", "distribution_version": "22.04", "distribution_major_version": "22"},
+    {"os_family": "RedHat", "distribution": "Rocky", "distribution_version": "8.10", "distribution_major_version": "8"},
+    {"os_family": "RedHat", "distribution": "Rocky", "distribution_version": "9.6", "distribution_major_version": "9"},
+)  # fmt: skip
+KERNELS = {
+    "Debian": "6.1.0-28-amd64",
+    "Ubuntu": "6.8.0-90-generic",
+    "Rocky8": "4.18.0-553.el8_10.x86_64",
+    "Rocky9": "5.14.0-570.el9.x86_64",
+}
+H200, B200, V100 = "0x2335", "0x2901", "0x1db4"
+
+
+@cache
+def load(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = DataLoader().load_from_file(str(path), trusted_as_template=True)
+    except TypeError:  # before ansible-core 2.19 every string was a template
+        found = DataLoader().load_from_file(str(path))
+    return found
+
+
+def look(kernel: str, *devices: str, driver: str = "nvidia", **other: Any) -> dict[str, Any]:
+    """What nvidia_driver_info returns for a host without a driver, and what else is said."""
+    return {
+        "kernel": kernel, "running_kernel": kernel, "next_kernel": kernel, "next_module": {}, "next_headers": True,
+        "gpus": [{"address": f"0000:1{n}:00.0", "device_id": one, "driver": driver} for n, one in enumerate(devices)],
+        "nvswitches": 0, "loaded": {}, "modules": {}, "module": {}, "dkms": [], "broken_dkms": [], "userspace": "",
+        "smi": {"version": "", "gpus": 0, "error": "nvidia-smi is not there"}, "uninstaller": "", "runfile_version": "",
+        "alternate": False, "foreign": [], "compiler": {"command": "gcc", "path": "/usr/bin/gcc", "text": "", "source": "x"},
+        "headers": True, "secure_boot": False, "signing_key": {"key": "", "certificate": "", "enrolled": False},
+        "users": [], "x_servers": [], "packages": {}, "held": [], "units": {}, "files": {}, "short": [], "noexec": [],
+        "package_lists": True, **other,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def host(render: Callable[..., Any]) -> Callable[..., Any]:
+    """host(name of an expression, facts, devices, what is said, what the look finds) -> its value"""
+
+    def host(name: str, facts: dict[str, str], *devices: str, found: dict[str, Any] | None = None, **said: Any) -> Any:
+        kernel = KERNELS.get(facts["distribution"]) or KERNELS["Rocky" + facts["distribution_major_version"]]
+        names = ["main", "versions", facts["os_family"], facts["distribution"]]
+        variables = dict(load(ROLE / "defaults/main.yml"))
+        for file in (ROLE / f"vars/{one}.yml" for one in names):
+            variables |= load(file) if file.exists() else {}
+        variables |= {
+            "ansible_facts": {**facts, "architecture": "x86_64"},
+            "inventory_hostname": "h",
+            "role_path": str(ROLE),
+            **said,
+        }
+        variables["__nvidia_driver_probe"] = look(kernel, *devices, **(found or {}))
+        return render(f"{{{{ {name} }}}}", **variables)
+
+    return host
+
+
+PACKAGE, RUNFILE = {"nvidia_driver_method": "package"}, {"nvidia_driver_method": "runfile"}
+
+
+@pytest.mark.parametrize(
+    ("facts", "devices", "said", "problem"),
+    [
+        (DEBIAN, [H200], {**PACKAGE, "nvidia_driver_branch": "580"}, "Debian 12 packages 535 alone. Set nvidia_driver_method to runfile"),
+        (DEBIAN, [H200], {**PACKAGE, "nvidia_driver_branch": "535"}, ""),
+        (DEBIAN, [H200], {**PACKAGE, "nvidia_driver_branch": "580", "nvidia_driver_packages": ["nvidia-open-580"]}, ""),
+        (DEBIAN, [B200], PACKAGE, "driver 535 is older than a GPU here (0x2901)"),
+        (DEBIAN, [B200], RUNFILE, ""),
+        (UBUNTU, [B200], {**RUNFILE, "nvidia_driver_branch": "550"}, '570 is the first branch for. Set nvidia_driver_branch to "580".'),
+        (UBUNTU, [V100], {**RUNFILE, "nvidia_driver_branch": "590"}, "no longer drives a GPU here"),
+        (UBUNTU, [V100], {**PACKAGE, "nvidia_driver_branch": "580"}, ""),
+        (ROCKY8, [H200], PACKAGE, ""),
+        (ROCKY9, [B200, V100], RUNFILE, "a host has one kind"),
+        ({**ROCKY9, "distribution_major_version": "10", "distribution_version": "10.0"}, [H200], RUNFILE, "Rocky 10.0 is not supported"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(
+    host: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    facts: dict[str, str],
+    devices: list[str],
+    said: dict[str, Any],
+    problem: str,
+) -> None:
+    monkeypatch.setitem(KERNELS, "Rocky10", "6.12.0-55.el10.x86_64")
+    problems = host("__nvidia_driver_problems", facts, *devices, **said)
+    assert (problem in "\n".join(problems)) if problem else problems == []
+
+
+@pytest.mark.parametrize(
+    ("facts", "said", "packages"),
+    [
+        (DEBIAN, {}, ["nvidia-kernel-dkms", "nvidia-driver-libs"]),
+        (UBUNTU, {}, ["nvidia-dkms-580-server-open", "nvidia-utils-580-server"]),
+        (
+            UBUNTU,
+            {"nvidia_driver_version": "575.64.03"},
+            ["nvidia-dkms-575-server-open=575.64.03-*", "nvidia-utils-575-server=575.64.03-*"],
+        ),
+        (ROCKY9, {}, ["kmod-nvidia-open-dkms-580.*", "nvidia-driver-cuda-580.*"]),
+        (
+            ROCKY8,
+            {"nvidia_driver_version": "570.195.03", "nvidia_driver_module_type": "proprietary"},
+            ["kmod-nvidia-latest-dkms-570.195.03-*", "nvidia-driver-cuda-570.195.03-*"],
+        ),
+    ],
+)
+def test_packages_are_of_the_wanted_branch(
+    host: Callable[..., Any], facts: dict[str, str], said: dict[str, Any], packages: list[str]
+) -> None:
+    assert host("__nvidia_driver_asked_packages", facts, H200, **PACKAGE, **said)[:2] == packages
+
+
+@pytest.mark.parametrize(
+    ("facts", "package"),
+    [
+        (DEBIAN, "linux-headers-amd64"),
+        (UBUNTU, "linux-headers-generic-hwe-22.04"),
+        (ROCKY8, "kernel-devel"),
+        (ROCKY9, "kernel-devel"),
+    ],
+)
+def test_headers_of_kernels_to_come(host: Callable[..., Any], facts: dict[str, str], package: str) -> None:
+    assert host("__nvidia_driver_meta_packages", facts, H200) == [package]
+
+
+def installed(version: str, **other: Any) -> dict[str, Any]:
+    """What is found of a driver by packages that works."""
+    kernel = KERNELS["Rocky9"]
+    row = {"module": "nvidia", "version": version, "kernel": kernel, "state": "installed"}
+    names = ("kmod-nvidia-open-dkms", "nvidia-driver-cuda", "nvidia-persistenced")
+    return {
+        "loaded": {"version": version, "flavour": "open"}, "module": {"version": version, "flavour": "open"}, "dkms": [row],
+        "userspace": version, "smi": {"version": version, "gpus": 1, "error": ""}, "packages": dict.fromkeys(names, f"3:{version}-1.el9"),
+        "foreign": list(names), **other,
+    }  # fmt: skip
+
+
+def test_another_branch_is_a_change_where_packages_carry_none_in_their_names(host: Callable[..., Any]) -> None:
+    found = installed("570.195.03")
+    missing = host("__nvidia_driver_missing", ROCKY9, H200, found=found, **PACKAGE, nvidia_driver_branch="580")
+    assert missing == ["the driver is 570.195.03, not of branch 580"]
+    assert host("__nvidia_driver_missing", ROCKY9, H200, found=found, **PACKAGE, nvidia_driver_branch="570") == []
+
+
+def test_what_works_is_kept_unless_it_is_what_the_role_brings(host: Callable[..., Any]) -> None:
+    """What goes with a driver is set up in the run that installs it, too."""
+    found = installed("580.95.05")
+    assert host("__nvidia_driver_wanted", ROCKY9, H200, found=found, **RUNFILE) is False
+    assert host("__nvidia_driver_wanted", ROCKY9, H200, found=found, **PACKAGE) is True
+    assert host("__nvidia_driver_change_needed", ROCKY9, H200, found=found, **PACKAGE) is False
+    assert (
+        host("__nvidia_driver_wanted", UBUNTU, H200, found=found, **PACKAGE) is False
+    )  # other packages than the role's
+    by_file = {**found, "uninstaller": "/usr/bin/nvidia-uninstall"}
+    assert host("__nvidia_driver_wanted", ROCKY9, H200, found=by_file, **PACKAGE) is False
+
+
+def test_what_dkms_has_not_installed_is_missing(host: Callable[..., Any]) -> None:
+    row = {"module": "nvidia", "version": "580.95.05", "kernel": KERNELS["Rocky9"], "state": "built"}
+    missing = host("__nvidia_driver_missing", ROCKY9, H200, found=installed("580.95.05", dkms=[row]), **PACKAGE)
+    assert missing == ["DKMS has not installed it (built)"]
+
+
+def test_the_tree_in_dkms_has_the_name_that_its_package_gave_it(host: Callable[..., Any]) -> None:
+    row = {"module": "nvidia-current", "version": "535.309.01", "kernel": KERNELS["Debian"], "state": "installed"}
+    assert (
+        host("__nvidia_driver_tree", DEBIAN, H200, found=installed("535.309.01", dkms=[row]), **PACKAGE)
+        == "nvidia-current"
+    )
+    assert host("__nvidia_driver_tree", DEBIAN, H200, **PACKAGE) == "nvidia-current"
+    assert host("__nvidia_driver_tree", DEBIAN, H200, **RUNFILE) == "nvidia"
+    assert host("__nvidia_driver_tree", UBUNTU, H200, **PACKAGE) == "nvidia"
+
+
+def test_a_fabric_manager_is_no_driver_in_the_way(host: Callable[..., Any]) -> None:
+    found = {"foreign": ["nvidia-fabricmanager"], "nvswitches": 4, "packages": {"nvidia-fabricmanager": "580.95.05-1"}}
+    assert host("__nvidia_driver_problems", ROCKY9, H200, found=found, **RUNFILE) == []
+    assert host("__nvidia_driver_to_remove", ROCKY9, H200, found=found, **RUNFILE) == []
+    assert (
+        host("__nvidia_driver_to_remove", ROCKY9, H200, found=found, nvidia_driver_state="absent") == found["foreign"]
+    )
+    (problem,) = host(
+        "__nvidia_driver_problems", ROCKY9, H200, found=installed("580.95.05"), **RUNFILE, nvidia_driver_branch="580"
+    )
+    assert "in its way is a driver that came otherwise: kmod-nvidia-open-dkms" in problem
+
+
+@pytest.mark.parametrize(
+    ("there", "missing"),
+    [("580.95.05-1", False), ("580.126.20-1", True), ("580.95.05.1-1", True), ("3:580.95.05-1.el9", False)],
+)
+def test_the_fabric_manager_is_of_the_very_version(host: Callable[..., Any], there: str, missing: bool) -> None:
+    found = installed("580.95.05", nvswitches=1)
+    found["packages"] = {**found["packages"], "nvidia-fabricmanager": there}
+    assert host("__nvidia_driver_fabric_missing", ROCKY9, H200, found=found, **PACKAGE) is missing
