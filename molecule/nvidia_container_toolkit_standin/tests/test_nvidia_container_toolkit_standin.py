@@ -27,11 +27,9 @@ def test_the_four_packages_are_of_one_version(host, name):
 
 
 def test_the_four_packages_are_held(host, name):
-    """Neither an update nor one of them by name brings another version."""
     if name == "toolkit-rocky9":
         locks = [line for line in host.check_output("dnf -q versionlock list").splitlines() if line]
         assert sorted(line.rpartition("-0:1.20.0-1")[0] for line in locks) == sorted(PACKAGES)
-        assert "1.19.1" not in host.check_output("dnf -q list --showduplicates libnvidia-container1")
     else:
         assert set(PACKAGES) <= set(host.check_output("apt-mark showhold").split())
 
