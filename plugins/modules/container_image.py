@@ -94,7 +94,7 @@ import importlib.metadata, sys
 for package in sys.argv[1:]:
     name, dummy, version = package.partition("==")
     if importlib.metadata.version(name) != version:
-        sys.exit(1)
+        raise SystemExit(name)
 """
 FOLDER = "/run/baremetal"
 # Read from standard input: arguments and environment of a container stay in what is made of it.

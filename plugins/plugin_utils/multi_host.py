@@ -126,8 +126,8 @@ def span_of(plan: Mapping[str, Any], order: Sequence[str], service: str, host: s
 
 def ray_image(reference: str, version: str) -> str:
     """Name of the image with Ray that is made on the host from an image: ``vllm/x:v1`` -> ``baremetal/x:v1-ray2.60.0``."""
-    name, _, digest = reference.rsplit("/", 1)[-1].partition("@sha256:")
-    name, _, tag = name.partition(":")
+    name, dummy, digest = reference.rsplit("/", 1)[-1].partition("@sha256:")
+    name, dummy, tag = name.partition(":")
     return f"baremetal/{name}:{digest[:12] or tag or 'latest'}-ray{version}"
 
 
