@@ -17,7 +17,7 @@ quickstart-down: ## Stop what quickstart started (its files stay)
 	@scripts/controller.sh requirements.txt
 	@.venv/bin/ansible-playbook playbooks/teardown.yml -i inventories/quickstart $(quickstart_vars)
 
-test: ## Everything that needs no GPU (STAGES="lint unit quality integration molecule vm"; all but vm unless named)
+test: ## Everything that needs no GPU (STAGES="lint unit quality molecule integration vm"; all but vm unless named)
 	@scripts/controller.sh requirements-dev.txt
 	@.venv/bin/python tests/run.py $(STAGES)
 

@@ -72,13 +72,13 @@ STAGES: dict[str, list[Gate]] = {
     ],
     "unit": [pytest("unit", 900)],
     "quality": [pytest("quality", 1200)],
-    "integration": [pytest("integration", 2700)],
     "molecule": [Gate("scenarios", ["molecule/run.sh"], 2400)],
+    "integration": [pytest("integration", 2700)],
     "vm": [pytest("vm", 2700)],
 }
 ON_DEMAND = {"vm"}
 # Stages of a lane run one after the other.
-LANES = (("lint", "unit", "quality", "vm"), ("integration", "molecule"))
+LANES = (("lint", "unit", "quality", "vm"), ("molecule", "integration"))
 _running: set[subprocess.Popen[bytes]] = set()
 _printing, _stopping = threading.Lock(), threading.Event()
 
