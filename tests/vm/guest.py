@@ -52,7 +52,8 @@ class Guest:
 
     def start(self) -> None:
         # What else is tested meanwhile has limits of time; the guest's are generous.
-        command = ["nice", "-n", "10", "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1536"]
+        command = ["nice", "-n", "10"]
+        command += ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1536"]
         command += ["-kernel", str(self.image / "boot"), "-nodefaults", "-display", "none"]
         # What the guest writes goes to a temporary file, and need not reach this machine's disk.
         command += ["-drive", f"file={self.image}/disk.img,if=virtio,format=raw,snapshot=on,cache=unsafe"]
