@@ -126,8 +126,8 @@ def span_of(plan: Mapping[str, Any], order: Sequence[str], service: str, host: s
 
 def ray_image(reference: str, version: str) -> str:
     """Name of the image with Ray that is made on the host from an image: ``vllm/x:v1`` -> ``baremetal/x:v1-ray2.60.0``."""
-    name, dummy, digest = reference.rsplit("/", 1)[-1].partition("@sha256:")
-    name, dummy, tag = name.partition(":")
+    name, digest = [*reference.rsplit("/", 1)[-1].split("@sha256:"), ""][:2]
+    name, tag = [*name.split(":"), ""][:2]
     return f"baremetal/{name}:{digest[:12] or tag or 'latest'}-ray{version}"
 
 
