@@ -220,7 +220,11 @@ for release in ubuntu2204 debian12; do
   toolkit "$work/tree" 12.9 12.9.1; deb $apt cuda-toolkit-12-9 12.9.1-1
   toolkit "$work/tree" 13.0 13.0.2; deb $apt cuda-toolkit-13-0 13.0.2-1
   for version in 580.95.05 580.126.20; do fabric "$work/tree" $version; deb $apt nvidia-fabricmanager $version-1; done
-  for version in 535.288.01 535.309.01; do fabric "$work/tree" $version; deb $apt nvidia-fabricmanager-535 $version-1; done
+  # As debian/control of NVIDIA/apt-packaging-fabric-manager has it for the packages with a branch in their name.
+  for version in 535.288.01 535.309.01; do
+    fabric "$work/tree" $version
+    deb $apt nvidia-fabricmanager-535 $version-1 'Provides: nvidia-fabricmanager\nReplaces: nvidia-fabricmanager\nConflicts: nvidia-fabricmanager'
+  done
   deb $apt cuda-drivers 590.48.01-1
   publish_flat $apt 'NVIDIA CUDA' nvidia@standin
   mkdir -p "$work/tree/usr/share/keyrings"
