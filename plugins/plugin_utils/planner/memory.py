@@ -795,7 +795,7 @@ def _verdict(
         reason = (
             f"weights {stage.weights / g:.2f} GiB and activations {peak / g:.2f} GiB, no KV cache"
             if fits
-            else f"{max(requested, resident) / g:.2f} GiB are needed and {free / g:.2f} GiB are free"
+            else f"{max(requested, resident) / g:.2f} GiB are needed and {max(0.0, free) / g:.2f} GiB are free"
         )
         longest = shape.max_position if fits else 0
         tokens, concurrency, available = 0, float(max(1, batched // length)) if fits else 0.0, 0.0

@@ -97,7 +97,8 @@ def _too_little(service: Service, group: Sequence[Place], engine: Engine, total:
     length = service.max_model_len or min(usual_lengths(service)[0], SHORT_CONTEXT)
     tokens, seqs = list(batches(service, gpu, engine, length))[-1]
     arguments = memory_arguments(service, gpu, engine, shape, service.enforce_eager is not False, tokens, seqs)
-    free, total_gib = min(place.free for place in group), group[0].total
+    # What those who are there already claim, with all that their allocators keep, may be more than there is.
+    free, total_gib = max(0.0, min(place.free for place in group)), group[0].total
     arguments["gpu_memory_used_mib"] = max(0.0, total_gib - free) * MIB
     # The most that the engine may ask for: what is free less what lies outside of its share.
     outside = engine_memory(service.shape, gpu_memory_utilization=0.5, max_model_len=length, **arguments).outside_gib
@@ -108,7 +109,11 @@ def _too_little(service: Service, group: Sequence[Place], engine: Engine, total:
     reason = memory.reason
     if memory.fits and memory.max_concurrency < service.min_concurrency:
         reason = f"it holds {memory.max_concurrency:.2f} requests of {length} tokens, not {service.min_concurrency:g}"
-    taken = [f"{place.label}: {place.free:.2f} of {place.total:.2f} GiB are free" for place in group if not place.idle]
+    taken = [
+        f"{place.label}: {max(0.0, place.free):.2f} of {place.total:.2f} GiB are free"
+        for place in group
+        if not place.idle
+    ]
     problem = f"does not fit on {gpu.name} with {words(shape)}: {reason}" + (f" ({'; '.join(taken)})" if taken else "")
     return [problem, *_ways_out(service, gpu, engine, length, count, link)]
 

@@ -181,3 +181,14 @@ def test_the_real_parser_takes_every_command_line(ask_vllm: Any) -> None:
     _, _, errors = ask_vllm([*lines, ["m", "--swap-space", "4"]])
     assert errors[-1], "the parser must refuse what it does not know, or this test proves nothing"
     assert [(line, error) for line, error in zip(lines, errors, strict=False) if error] == []
+
+
+def test_a_service_beside_one_that_claims_all_is_refused_in_words() -> None:
+    """What the allocator of the first keeps makes its claim larger than the GPU."""
+    hosts = hosts_from_text("8 x RTX 2080 Ti")
+    small = {"name": "embed", "model": "BAAI/bge-m3", "objective": "throughput"}
+    large = {"name": "chat", "model": "Qwen/Qwen2.5-32B", "objective": "throughput", "max_model_len": 16}
+    plan = make_plan([small, large], hosts)
+    (refused,) = [row for row in plan["services"] if not row["fits"]]
+    assert "0.00 GiB are free" in refused["problems"][0]
+    assert " -" not in refused["problems"][0]
