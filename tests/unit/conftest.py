@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,6 +52,27 @@ def run_module(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         return {**result, "text": text}
 
     return run
+
+
+@cache
+def _role_file(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = DataLoader().load_from_file(str(path), trusted_as_template=True)
+    except TypeError:  # before ansible-core 2.19 every string was a template
+        found = DataLoader().load_from_file(str(path))
+    return found
+
+
+@pytest.fixture
+def role_vars() -> Callable[..., dict[str, Any]]:
+    """role_vars(role, *names of its vars files, from general to exact) -> defaults and those of them that are there"""
+
+    def role_vars(role: str, *names: str) -> dict[str, Any]:
+        folder = ROOT / "roles" / role
+        files = [folder / "defaults/main.yml", *(folder / f"vars/{name}.yml" for name in names)]
+        return {key: value for file in files if file.exists() for key, value in _role_file(file).items()}
+
+    return role_vars
 
 
 @pytest.fixture

@@ -5,12 +5,10 @@ written here. The same on test hosts: molecule/nvidia_driver_changes_standin and
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible.parsing.dataloader import DataLoader
 
 ROLE = Path(__file__).parents[3] / "roles/nvidia_driver"
 DEBIAN, UBUNTU, ROCKY8, ROCKY9 = (
@@ -28,15 +26,6 @@ KERNELS = {
 H200, B200, V100 = "0x2335", "0x2901", "0x1db4"
 
 
-@cache
-def load(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = DataLoader().load_from_file(str(path), trusted_as_template=True)
-    except TypeError:  # before ansible-core 2.19 every string was a template
-        found = DataLoader().load_from_file(str(path))
-    return found
-
-
 def look(kernel: str, *devices: str, driver: str = "nvidia", **other: Any) -> dict[str, Any]:
     """What nvidia_driver_info returns for a host without a driver, and what else is said."""
     return {
@@ -52,16 +41,12 @@ def look(kernel: str, *devices: str, driver: str = "nvidia", **other: Any) -> di
 
 
 @pytest.fixture
-def host(render: Callable[..., Any]) -> Callable[..., Any]:
+def host(render: Callable[..., Any], role_vars: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
     """host(name of an expression, facts, devices, what is said, what the look finds) -> its value"""
 
     def host(name: str, facts: dict[str, str], *devices: str, found: dict[str, Any] | None = None, **said: Any) -> Any:
         kernel = KERNELS.get(facts["distribution"]) or KERNELS["Rocky" + facts["distribution_major_version"]]
-        names = ["main", "versions", facts["os_family"], facts["distribution"]]
-        variables = dict(load(ROLE / "defaults/main.yml"))
-        for file in (ROLE / f"vars/{one}.yml" for one in names):
-            variables |= load(file) if file.exists() else {}
-        variables |= {
+        variables = role_vars(ROLE.name, "main", "versions", facts["os_family"], facts["distribution"]) | {
             "ansible_facts": {**facts, "architecture": "x86_64"},
             "inventory_hostname": "h",
             "role_path": str(ROLE),

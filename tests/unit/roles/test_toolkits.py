@@ -5,15 +5,11 @@ The same on test hosts: molecule/cuda_toolkit_standin and nvidia_container_toolk
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible.parsing.dataloader import DataLoader
 
-ROLES = Path(__file__).parents[3] / "roles"
 FACTS = {
     "Debian": {"distribution": "Debian", "distribution_version": "12.11", "distribution_major_version": "12", "os_family": "Debian"},
     "Ubuntu": {"distribution": "Ubuntu", "distribution_version": "22.04", "distribution_major_version": "22", "os_family": "Debian"},
@@ -22,24 +18,13 @@ FACTS = {
 DRIVER = "580.159.04"
 
 
-@cache
-def load(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = DataLoader().load_from_file(str(path), trusted_as_template=True)
-    except TypeError:  # before ansible-core 2.19 every string was a template
-        found = DataLoader().load_from_file(str(path))
-    return found
-
-
 @pytest.fixture
-def ask(render: Callable[..., Any]) -> Callable[..., Any]:
+def ask(render: Callable[..., Any], role_vars: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
     """ask(role, expression, distribution, what the look finds, what the user says) -> its value"""
 
     def ask(role: str, name: str, distribution: str, found: dict[str, Any], **said: Any) -> Any:
         facts = {**FACTS[distribution], "architecture": "x86_64"}
-        files = [ROLES / role / "defaults/main.yml"]
-        files += [ROLES / role / f"vars/{part}.yml" for part in ("main", facts["os_family"], facts["distribution"])]
-        variables = {key: value for file in files if file.exists() for key, value in load(file).items()}
+        variables = role_vars(role, "main", facts["os_family"], facts["distribution"])
         return render(
             f"{{{{ __{role}_{name} }}}}",
             **variables | {"ansible_facts": facts, f"__{role}_probe": found, "ansible_check_mode": False} | said,
