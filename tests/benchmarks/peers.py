@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS, THEIRS = "peers-ours", "peers-theirs"
+OURS, THEIRS = "peers-ubuntu2204-ours", "peers-ubuntu2204-theirs"
 MIRROR = "http://127.0.0.1:8080"
 PACKAGES = [f"{name}-580-server" for name in ("libnvidia-compute", "nvidia-utils", "nvidia-compute-utils")]
 PEERS = [
