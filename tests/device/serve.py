@@ -7,8 +7,8 @@
 
 VLLM_PYTHON is the interpreter of an environment that holds vLLM; nothing is installed, no network, Docker or systemd is
 needed. Weights are dummies (--load-format dummy) behind the real models' config.json; files of the real size take no
-disk. Services: a 7B as two replicas of TP 1, a 32B on TP 2, a mixture of experts and an embedding model, on four GPUs.
-With two GPUs the 32B is left out; with one, only the 7B (TP 1), a second one and the embedding model run.
+disk. Services: a 7B as two replicas of TP 1, a 32B on TP 2, a mixture of experts and an embedding model, on two GPUs or
+more (which they share where there are two). With one GPU only the 7B (TP 1), a second one and the embedding model run.
 
 Runs site.yml twice (the second must change nothing), changes one service, sees that only that one restarted, and tears
 down. Prints a line for each service, writes all of it to OUT.json, and exits with 1 if something did not hold.
@@ -72,10 +72,8 @@ def services(gpus: int, models: Path) -> list[dict[str, Any]]:
     }
     moe = {"name": "moe", "model": str(models / "qwen3-30b-a3b"), "max_model_len": 8192, "gpus": 1, **dummy}
     embed = {"name": "embed", "model": str(models / "bge-m3"), "max_model_len": 8192, **dummy}
-    if gpus >= 4:
-        return [chat, big, moe, embed]
     if gpus >= 2:
-        return [chat, moe, embed]
+        return [chat, big, moe, embed]
     return [chat, {**chat, "name": "second", "max_model_len": 4096}, embed]
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +20,10 @@ ARGUMENTS = ["--model", "/srv/m", "--served-model-name", "m", "--port", "8000"]
 
 
 @pytest.fixture
-def standin(tmp_path: Path) -> Path:
+def standin(tmp_path: Path, role_vars: Callable[..., dict[str, Any]]) -> Path:
+    """vLLM's stand-in, and beside it what the role brings to every host, no more."""
+    for file in role_vars("vllm", "main")["__vllm_server_files"]:
+        shutil.copy(FILES / Path(file["path"]).name, tmp_path)
     for name in ("openai.api_server", "cli.main"):
         path = tmp_path / "vllm/entrypoints" / f"{name.replace('.', '/')}.py"
         path.parent.mkdir(parents=True)
@@ -32,7 +38,7 @@ def started(standin: Path, *more: str) -> list[str]:
     """The module that was run, and its arguments."""
     done = subprocess.run(
         [sys.executable, "-m", "baremetal_serve", *ARGUMENTS, *more],
-        env={**os.environ, "PYTHONPATH": f"{FILES}:{standin}"},
+        env={**os.environ, "PYTHONPATH": str(standin)},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
