@@ -253,7 +253,9 @@ def nodes(boxes: Boxes) -> Nodes:
     if not boxes.fleet.sh(boxes.fleet.names[1], "command -v docker", check=False):  # none of the tests above ran
         boxes.play(2, "--tags", "docker")
     for host in boxes.fleet.names:
-        boxes.fleet.sh(host, f"docker image inspect {LOCAL} >/dev/null || docker load --input {boxes.archive['archive']}")
+        boxes.fleet.sh(
+            host, f"docker image inspect {LOCAL} >/dev/null || docker load --input {boxes.archive['archive']}"
+        )
         boxes.fleet.sh(host, "rm -rf /opt/standin")
         docker("cp", str(standin), f"{host}:/opt/standin")
         boxes.fleet.sh(host, "ln -sf /opt/standin/nvidia-smi /usr/local/bin/nvidia-smi")
