@@ -43,8 +43,6 @@ from typing import Any
 
 from ansible.errors import AnsibleFilterError
 
-from ansible_collections.baremetal.vllm.plugins.plugin_utils import bench
-
 
 def bench_html(runs: Any, heading: str = "vLLM benchmark") -> str:
     if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) and run.get("levels") for run in runs):
@@ -53,6 +51,8 @@ def bench_html(runs: Any, heading: str = "vLLM benchmark") -> str:
         )
     if len({run["task"] for run in runs}) > 1:
         raise AnsibleFilterError("bench_html: the runs are of different tasks, whose figures cannot share a plot")
+    from ansible_collections.baremetal.vllm.plugins.plugin_utils import bench
+
     return bench.as_html(runs, heading)
 
 

@@ -40,14 +40,14 @@ from typing import Any
 
 from ansible.errors import AnsibleFilterError
 
-from ansible_collections.baremetal.vllm.plugins.plugin_utils import bench
-
 
 def bench_loss(run: Any, others: Any) -> float:
     if not isinstance(run, dict) or not run.get("levels"):
         raise AnsibleFilterError(
             "bench_loss: the input is no run with levels; give it a file that the role bench wrote"
         )
+    from ansible_collections.baremetal.vllm.plugins.plugin_utils import bench
+
     before = bench.previous(run, others)
     changes = bench.changes(run, before) if before else []
     losses: list[float] = [-row["throughput_percent"] for row in changes if row["throughput_percent"] is not None]

@@ -40,14 +40,14 @@ from typing import Any
 
 from ansible.errors import AnsibleFilterError
 
-from ansible_collections.baremetal.vllm.plugins.plugin_utils import bench
-
 
 def bench_text(run: Any, others: Any = ()) -> str:
     if not isinstance(run, dict) or not run.get("levels"):
         raise AnsibleFilterError(
             "bench_text: the input is no run with levels; give it a file that the role bench wrote"
         )
+    from ansible_collections.baremetal.vllm.plugins.plugin_utils import bench
+
     return bench.as_text(run, bench.previous(run, others))
 
 

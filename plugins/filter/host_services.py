@@ -59,9 +59,6 @@ from typing import Any
 
 from ansible.errors import AnsibleFilterError
 
-from ansible_collections.baremetal.vllm.plugins.plugin_utils.multi_host import spans, spread
-from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner import engine as engines
-
 MIB = 1024  # of a GiB
 # Settings of every service. The usage report would tell strangers what the host serves; models lie on disk already.
 ENVIRONMENT = {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -258,6 +255,8 @@ def _service(
     args = plan["args"]
     if not args[0].startswith("-"):  # the model stands alone, as `vllm serve` takes it
         args = ["--model", *args]
+    from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner import engine as engines
+
     drain = engines.option(version, "--shutdown-timeout", settings["drain_timeout"])
     scripts = ["env", "serve.sh", "start.sh"] if container else ["env", "start.sh"]
     svc: dict[str, Any] = {
@@ -341,6 +340,8 @@ def _service(
 def host_services(
     plan: dict[str, Any], host: str, services: list[dict[str, Any]], settings: dict[str, Any]
 ) -> list[dict[str, Any]]:
+    from ansible_collections.baremetal.vllm.plugins.plugin_utils.multi_host import spans, spread
+
     users = {service["name"]: service for service in services}
     spanning = {span["service"]: span for span in spans(plan, settings.get("hosts") or []) if host in span["hosts"]}
     found = []

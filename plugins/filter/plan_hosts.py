@@ -40,11 +40,12 @@ from typing import Any
 from ansible.errors import AnsibleFilterError
 
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.errors import PlanError
-from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.hardware import hosts_from_text
 
 
 def plan_hosts(text: Any) -> list[dict[str, Any]]:
     """Hosts from a line of text."""
+    from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.hardware import hosts_from_text
+
     try:
         return hosts_from_text(text)
     except PlanError as error:

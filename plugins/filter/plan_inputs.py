@@ -71,8 +71,6 @@ from typing import Any
 
 from ansible.errors import AnsibleFilterError
 
-from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.hardware import with_gpus_to_come
-
 # A name becomes part of unit names, folders and shell words.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 BYTES_PER_GIB = 1024**3
@@ -122,6 +120,8 @@ def plan_inputs(
     all_hosts: list[str] | None = None,
     drivers: list[str] | None = None,
 ) -> dict[str, Any]:
+    from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.hardware import with_gpus_to_come
+
     check_names(services)
     limited = all_hosts is not None and set(all_hosts) != set(hosts)
     planned = []

@@ -54,8 +54,6 @@ from typing import Any
 from ansible.errors import AnsibleFilterError
 
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.errors import PlanError
-from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.plan import make_plan
-from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.service import KEYS
 
 # Decisions of a plan that depend on what is free at the moment.
 PINS = (
@@ -71,6 +69,8 @@ PLANNED = ("weights_gib", "kv_cache_gib", "kv_cache_tokens", "max_concurrency")
 
 def fingerprint(service: Mapping[str, Any], hosts: list[dict[str, Any]]) -> str:
     """What a plan was made for: the entry, and the hardware of the hosts that it may run on."""
+    from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.service import KEYS
+
     named = service.get("hosts")
     named = [named] if isinstance(named, str) else named
     hardware = [
@@ -130,6 +130,8 @@ def _with_tolerance(host: dict[str, Any]) -> dict[str, Any]:
 def plan_running(
     services: list[dict[str, Any]], hosts: list[dict[str, Any]], records: list[dict[str, str]] | None = None
 ) -> dict[str, Any]:
+    from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.plan import make_plan
+
     try:
         asked = {service["name"]: fingerprint(service, hosts) for service in services}
         kept = {name: record for name, record in _read(records or []).items() if asked.get(name) == record["asked"]}

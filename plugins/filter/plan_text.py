@@ -36,13 +36,13 @@ from typing import Any
 
 from ansible.errors import AnsibleFilterError
 
-from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.render import as_text
-
 
 def plan_text(plan: Any) -> str:
     """Render what vllm_plan returned."""
     if not isinstance(plan, dict) or not {"fits", "problems", "services", "gpus"} <= set(plan):
         raise AnsibleFilterError(f"plan_text: the input is {type(plan).__name__}; give it what vllm_plan returned")
+    from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.render import as_text
+
     return as_text(plan)
 
 

@@ -43,12 +43,13 @@ from typing import Any
 
 from ansible.errors import AnsibleFilterError
 
-from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner import model
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.errors import PlanError
 
 
 def tp_sizes(config: Mapping[str, Any], max: int = 16) -> list[int]:
     """Valid sizes from 1 to ``max`` for the content of a config.json."""
+    from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner import model
+
     try:
         return model.tp_sizes(config, max)
     except PlanError as error:

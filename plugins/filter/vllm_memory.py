@@ -104,8 +104,6 @@ from typing import Any
 from ansible.errors import AnsibleFilterError
 
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.errors import PlanError
-from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.memory import engine_memory
-from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.model import parse_config
 
 ARGUMENTS = (
     "gpu_memory_total_mib", "compute_capability", "engine_version", "tensor_parallel_size", "pipeline_parallel_size",
@@ -116,6 +114,9 @@ ARGUMENTS = (
 
 def vllm_memory(config: Mapping[str, Any], *positional: object, **arguments: Any) -> dict[str, Any]:
     """Memory of one engine; the arguments are those of the planner's ``engine_memory`` with the same names."""
+    from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.memory import engine_memory
+    from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.model import parse_config
+
     try:
         if positional:
             raise PlanError("vllm_memory", positional[0], "give arguments by name, such as gpu_memory_total_mib=23028")

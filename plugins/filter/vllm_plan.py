@@ -87,11 +87,12 @@ from typing import Any
 from ansible.errors import AnsibleFilterError
 
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.errors import PlanError
-from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.plan import make_plan
 
 
 def vllm_plan(services: Any, hosts: Any) -> dict[str, Any]:
     """Plan the services on the hosts."""
+    from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.plan import make_plan
+
     try:
         return make_plan(services, hosts)
     except PlanError as error:
