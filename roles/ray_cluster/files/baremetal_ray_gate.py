@@ -99,7 +99,7 @@ def main():
     say("%d nodes with %d GPUs are here" % (len(expected), need))
     ray.shutdown()
     if command:
-        os.execv(command[0], command)  # noqa: S606 - the server's own command line
+        os.execvp(command[0], command)  # noqa: S606 - in containers a name on the PATH
 
 
 if __name__ == "__main__":

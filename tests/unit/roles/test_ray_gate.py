@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,3 +60,19 @@ def test_who_holds_the_gpus(gate: ModuleType) -> None:
     }
     assert gate.holders(table) == "placement group bbbbbbbbbbbb (CREATED) with 2 GPUs"
     assert gate.holders({}) == "no placement group, so tasks or actors of another program"
+
+
+RAY = """
+init = shutdown = lambda **_: None
+nodes = lambda: [{"NodeManagerAddress": "10.0.0.1", "Alive": True, "Resources": {"GPU": 2.0}}]
+available_resources = lambda: {"GPU": 2.0}
+"""
+
+
+@pytest.mark.parametrize("python", [sys.executable, "python3"])
+def test_a_server_is_started_by_its_path_and_as_in_containers_by_its_name_standin(tmp_path: Path, python: str) -> None:
+    (tmp_path / "ray.py").write_text(RAY)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "RAY_ADDRESS": "10.0.0.1:6379"}
+    words = [sys.executable, str(FILE), "--node", "gpu1=10.0.0.1=2", "--", python, "-c", "print('a server')"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "placement: 1 nodes with 2 GPUs are here\na server\n", done.stderr
