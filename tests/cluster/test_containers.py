@@ -285,7 +285,7 @@ def test_ray_forms_and_places_engines_of_a_standin(nodes: Nodes) -> None:
         assert list(nodes.boxes.containers(host)) == ["ray-chat"], "the server is inside the node's container"
         assert RAY in nodes.fleet.sh(
             host,
-            f"docker run --rm baremetal/vllm-standin:0.25.1-ray{RAY} python3 -c 'import ray; print(ray.__version__)'",
+            f"docker run --rm --entrypoint python3 baremetal/vllm-standin:0.25.1-ray{RAY} -c 'import ray; print(ray.__version__)'",
         )
         for port in (6379, 6380, 6381):
             assert not reaches(nodes.fleet.address(host), port), "this machine is no host of the cluster"
