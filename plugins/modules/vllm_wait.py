@@ -163,7 +163,8 @@ FATAL = re.compile(
 )
 FATAL_GRACE_S = 20  # to end in order and to say why
 # Written by start.sh: what stands before it is of an earlier start.
-START = "baremetal: start"
+START = re.compile(r"baremetal: start.*\n?")
+RESTART_S = 0.5  # within which a server that a supervisor has started anew has written that line
 # Each line of interest, and how its groups are called.
 MEASURED = (
     (re.compile(r"KV cache size: (?P<kv_cache_tokens>[\d,]+) tokens"), "least"),
@@ -213,11 +214,16 @@ def listens(folder, port):
     return False
 
 
+def errors(log):
+    """The lines of a log that name an error."""
+    return [match.group(1) for match in map(CAUSE.match, map(str.strip, log.splitlines())) if match]
+
+
 def cause(log):
     """The line of a log that names the error, or its last line."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    found = [match.group(1) for match in map(CAUSE.match, lines) if match]
+    found = errors(log)
     first_hand = [line for line in found if not any(echo in line for echo in ECHO)]
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
     return (first_hand or found or lines or ["the log is empty"])[-1]
 
 
@@ -340,10 +346,17 @@ class Wait:
         return (not folder or listens(folder, self.port)) and healthy(self.opener, self.params["url"])
 
     def log(self):
-        return self.module.run_command(self.params["log_command"])[1].rpartition(START)[2]
+        return self.starts()[-1]
 
-    def give_up(self, what, advice=""):
-        log = self.log()
+    def starts(self):
+        """What each start has written, the last one last."""
+        return START.split(self.module.run_command(self.params["log_command"])[1])
+
+    def give_up(self, what, advice="", restarted=False):
+        starts = self.starts()
+        log = starts[-1]
+        if restarted and not errors(log) and len(starts) > 1:
+            log = starts[-2]
         said = explain(log, self.params["causes"], self.params["values"]) or advice
         self.module.fail_json(
             msg="%s: %s%s" % (what, cause(log), said),
@@ -395,7 +408,10 @@ class Wait:
             if running and self.first_pid is None:
                 self.first_pid = pid
             if self.first_pid and pid != self.first_pid:
-                self.give_up("vLLM has ended after %d s instead of answering %s" % (waited, params["url"]))
+                if running:
+                    time.sleep(RESTART_S)
+                what = "vLLM has ended after %d s instead of answering %s" % (waited, params["url"])
+                self.give_up(what, restarted=running)
             if self.first_pid is None and waited > 30:
                 self.give_up("vLLM does not run, nobody answers %s" % params["url"])
             if waited > self.limit:

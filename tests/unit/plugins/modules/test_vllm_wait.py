@@ -101,6 +101,24 @@ def test_a_process_that_ends_ends_the_wait(
     assert result["log"] == ["INFO starting", "RuntimeError: no luck"]
 
 
+@pytest.mark.parametrize("earlier", ["", "baremetal: start of vllm-chat\nValueError: of a start before\n"])
+def test_the_cause_is_not_lost_when_a_supervisor_has_begun_the_next_start(
+    wait: Callable[..., Any], clock: Clock, closed_port: str, tmp_path: Path, earlier: str
+) -> None:
+    start = "baremetal: start of vllm-chat\n"
+
+    def end() -> None:
+        (tmp_path / "pid").write_text("78\n")
+        (tmp_path / "log").write_text(f"{earlier}{start}INFO starting\nRuntimeError: no luck\n{start}")
+
+    (tmp_path / "pid").write_text("77\n")
+    (tmp_path / "log").write_text(f"{earlier}{start}")
+    clock.at = [(36, end)]
+    result = wait(closed_port)
+    assert result["msg"] == f"vLLM has ended after 36 s instead of answering {closed_port}: RuntimeError: no luck"
+    assert result["log"] == ["INFO starting", "RuntimeError: no luck"]
+
+
 def test_a_real_process_that_dies(
     run_module: Callable[..., dict[str, Any]], closed_port: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
