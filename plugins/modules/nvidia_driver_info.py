@@ -196,6 +196,7 @@ x_servers:
 import glob
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -457,12 +458,20 @@ def existing(path):
 
 
 def look(asked):
+    # dkms is a script of many programs and takes as long as all the rest. What uses GPUs is not to be asked beside nvidia-smi.
+    with ThreadPoolExecutor(1) as pool:
+        status = pool.submit(output, "dkms", "status")
+        found = look_meanwhile(asked)
+        found["dkms"] = dkms_rows(status.result(), asked["module"])
+    return found
+
+
+def look_meanwhile(asked):
     running = output("uname", "-r").strip()
     kernel = asked["kernel"] or running
     following = next_kernel(running)
     gpus, switches = nvidia_devices()
     installed = packages()
-    status = dkms_rows(output("dkms", "status"), asked["module"]) if which("dkms") else []
     return {
         "running_kernel": running,
         "kernel": kernel,
@@ -473,7 +482,6 @@ def look(asked):
         "modules": modules(),
         "module": on_disk(kernel),
         "next_module": on_disk(following) if following != kernel else {},
-        "dkms": status,
         "broken_dkms": broken_dkms(asked["module"]),
         "userspace": userspace(),
         "smi": smi(asked["smi_timeout"]) if gpus else {"version": "", "gpus": 0, "error": "there is no GPU"},

@@ -88,7 +88,18 @@ def reach(host: str, key: Path) -> dict[str, object]:
         "ansible_ssh_private_key_file": str(key),
         "ansible_ssh_common_args": "-o UserKnownHostsFile=/dev/null -o LogLevel=ERROR",
         "ansible_python_interpreter": "/usr/bin/python3",
+        "pins": sums(host, "pins"),
+        "engine": sums(host, "docker"),
     }
+
+
+def sums(host: str, name: str) -> dict[str, str]:
+    """Sums of the keys of a stand-in's repositories, which users would have among their variables or do not need."""
+    text = subprocess.run(
+        ["docker", "exec", host, "cat", f"/srv/mirror/{name}.json"], capture_output=True, text=True, check=True
+    ).stdout
+    found: dict[str, str] = json.loads(text)
+    return found
 
 
 def main() -> None:
