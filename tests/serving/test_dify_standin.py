@@ -149,22 +149,36 @@ def test_it_comes_up_once(site: Site) -> None:
     assert len(key) == 42 and key not in (site.folder / "plays.log").read_text()
     assert site.host.run("docker ps --format '{{.Names}}' | sort").split() == ["docker-api-1", "docker-db_postgres-1"]
     assert site.host.run("git -C /opt/dify -c safe.directory='*' status --porcelain --untracked-files=no") == ""
+    assert site.play("--check")[1] == 0
     output, changed = site.play()
     assert changed == 0, output[-4000:]
     assert site.host.run("wc -l </opt/dify/docker/volumes/app/storage/runs") == "1", "it has not restarted"
 
 
+def test_check_mode_tells_of_containers_that_do_not_run(site: Site) -> None:
+    site.host.run("docker stop -t 1 docker-api-1")
+    assert site.play("--check")[1] > 0
+    assert site.ask() == "", "check mode has started it"
+    assert site.play()[1] > 0
+    assert '"release": "1.0.0"' in site.ask()
+
+
 def test_another_release_upgrades_it(site: Site) -> None:
+    runs = site.host.run("cat /opt/dify/docker/volumes/app/storage/runs")
+    assert site.play("--check", version="1.1.0")[1] > 0
+    assert '"release": "1.0.0"' in site.ask(), "check mode has upgraded it"
     key = site.host.run("cat /opt/dify/.baremetal-secret-key")
     output, changed = site.play(version="1.1.0")
     assert changed > 0, output[-4000:]
     assert '"release": "1.1.0"' in site.ask()
     assert site.host.run("cat /opt/dify/.baremetal-secret-key") == key
-    assert site.host.run("cat /opt/dify/docker/volumes/app/storage/runs").split() == ["1.0.0", "1.1.0"]
+    assert site.host.run("cat /opt/dify/docker/volumes/app/storage/runs") == f"{runs}\n1.1.0"
     assert site.play(version="1.1.0")[1] == 0
 
 
 def test_it_is_stopped_and_its_data_stay(site: Site) -> None:
+    assert site.play("--check", "-e", "dify_state=absent", version="1.1.0")[1] > 0
+    assert '"release": "1.1.0"' in site.ask(), "check mode has stopped it"
     assert site.play("-e", "dify_state=absent", version="1.1.0")[1] > 0
     assert site.host.run("docker ps -q") == "" and site.ask() == ""
     assert site.host.run("ls /opt/dify/docker/volumes/app/storage") == "runs"
