@@ -15,7 +15,7 @@
 #                      (without a network: PIP_NO_INDEX=1 PIP_FIND_LINKS=folder of wheels)
 # MODEL                name in tests/benchmarks/truth/configs.json or a config.json (qwen2.5-7b); weights are dummies
 # CONCURRENCY          clients at once ("8 200 1024"), PROMPTS_PER_CLIENT (4), INPUT_LEN (512), OUTPUT_LEN (128), PROCESSES (8)
-# EXTRA_ARGS           more arguments of servers that are started by hand
+# EXTRA_ARGS           more arguments of servers that are started by hand; PLAN_ARGS: of planned ones
 # GPUS                 number of GPUs to use by hand (all)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -52,7 +52,7 @@ play() { # PLAYBOOK OBJECTIVE [ARGUMENT...]
   cat >"$work/vars.json" <<VARS
 {
   "vllm_services": [{"name": "chat", "model": "$model", "objective": "$objective", "port": $port, "start_timeout": 900,
-                     "extra_args": ["--load-format", "dummy"], "env": $links}],
+                     "extra_args": ["--load-format", "dummy"$(printf ', "%s"' ${PLAN_ARGS:-} | sed 's/^, ""$//')], "env": $links}],
   "vllm_root": "$work/root", "vllm_config_dir": "$work/config", "vllm_state_dir": "$work/state", "vllm_log_dir": "$work/log",
   "vllm_user": "$(id -un)", "vllm_existing_python": "$VLLM_PYTHON", "vllm_api_key": "$key", "vllm_verify_client": "never",
   "ansible_become": false, "preflight_allow_untested_distribution": true, "model_root": "$work/models",

@@ -5,7 +5,8 @@ vLLM claims its port for itself. With SO_REUSEPORT on both, the kernel gives new
 listens; it asks that both run as the same user.
 
 Replicas (--data-parallel-size) are started by `vllm serve`, which gives each an API server: behind the single one of
-the module, four replicas of a 7B on H200 were no faster at 1024 clients than one engine over the same four GPUs.
+the module, four replicas of a 7B on H200 were no faster at 1024 clients than one engine over the same four GPUs. So is
+what asks for a number of API servers, which the module overlooks.
 """
 
 import runpy
@@ -14,6 +15,7 @@ import sys
 
 SERVER = "vllm.entrypoints.openai.api_server"
 PROGRAM = "baremetal_vllm_main"
+OF_PROGRAM = {"--data-parallel-size", "--api-server-count", "-asc"}
 
 
 def share(port):
@@ -32,7 +34,7 @@ def share(port):
 if __name__ == "__main__":
     share(int(sys.argv[sys.argv.index("--port") + 1]))
     module = SERVER
-    if "--data-parallel-size" in sys.argv:
+    if OF_PROGRAM.intersection(argument.partition("=")[0] for argument in sys.argv):
         model = sys.argv.index("--model")
         sys.argv[1:] = ["serve", sys.argv[model + 1], *sys.argv[1:model], *sys.argv[model + 2 :]]
         module = PROGRAM

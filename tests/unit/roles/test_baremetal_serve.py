@@ -51,6 +51,6 @@ def test_one_engine_has_one_api_server(standin: Path) -> None:
     assert started(standin) == ["openai.api_server", *ARGUMENTS]
 
 
-def test_replicas_are_started_by_the_program(standin: Path) -> None:
-    replicas = ["--data-parallel-size", "4"]
-    assert started(standin, *replicas) == ["cli.main", "serve", "/srv/m", *ARGUMENTS[2:], *replicas]
+@pytest.mark.parametrize("more", [["--data-parallel-size", "4"], ["--api-server-count", "2"], ["--api-server-count=2"]])
+def test_replicas_and_several_api_servers_are_started_by_the_program(standin: Path, more: list[str]) -> None:
+    assert started(standin, *more) == ["cli.main", "serve", "/srv/m", *ARGUMENTS[2:], *more]
