@@ -7,8 +7,10 @@
 Hosts are systemd containers on a network of their own, each with one service, whose engine is a stand-in (the fake OpenAI
 server of the tests). For each number of hosts: one run that sets them up, then one that changes nothing, with forks 25.
 Prints a line of JSON for each: seconds, seconds of CPU of the controller, memory of all its processes together (PSS, looked at
-every two seconds) and of the largest, changed hosts; and at the end the growth against hosts divided by forks, rounded up. A run
-in which a host failed, or a second one that changed something, ends it: their times would say nothing.
+every two seconds) and of the largest, changed hosts; and at the end how the second run grew from the fewest to the most hosts:
+the ratio of the seconds, that ratio over the one of hosts / forks (1 is linear), and over the one of hosts / forks rounded up,
+which a controller would reach that has a processor for each fork. A run in which a host failed, or a second one that changed
+something, ends it: their times would say nothing.
 """
 
 from __future__ import annotations
@@ -166,9 +168,10 @@ def main() -> None:
         INOTIFY.write_text(inotify)
     low, high = min(seconds), max(seconds)
     if low != high:
-        linear = math.ceil(high / FORKS) / math.ceil(low / FORKS)
         growth = seconds[high] / seconds[low]
-        print(json.dumps({"growth": round(growth, 2), "hosts_by_forks": linear, "hosts": high / low}))
+        batches = math.ceil(high / FORKS) / math.ceil(low / FORKS)
+        against = {"of_hosts_by_forks": growth / (high / low), "of_batches": growth / batches}
+        print(json.dumps({"growth": round(growth, 2), **{name: round(value, 2) for name, value in against.items()}}))
 
 
 if __name__ == "__main__":
