@@ -70,6 +70,9 @@ class Service:
 @pytest.fixture(scope="module")
 def service(ray_fleet: Fleet) -> Service:
     for host in ray_fleet.names[:3]:
+        # Where test_ray.py has cut the network, Docker has named the interface anew: as of a boot it is eth1 again.
+        if not ray_fleet.sh(host, "ls -d /sys/class/net/eth1", check=False):
+            ray_fleet.reboot(host)
         ray_fleet.sh(host, "ln -sf /opt/standin/nvidia-smi /usr/local/bin/nvidia-smi")
     return Service(ray_fleet)
 
