@@ -19,6 +19,8 @@ sys.path.insert(0, str(ROOT / "plugins" / "module_utils"))
 import random_llama
 
 RAY_PYTHON = "/opt/ray/venvs/2.60.0/bin/python"
+# Finds engines of executor mp (`pgrep -f`), and not their keepers, whose arguments end with the same words.
+MP_ENGINE = "^[^ ]*python[^ ]* /opt/vllm/lib/baremetal_vllm_main.py"
 PROMPTS = ["hello", "the quick brown fox", "one two three", "a harbor in the north", "zephyr and yarrow"]
 ASK = """
 import json, sys, urllib.request as r

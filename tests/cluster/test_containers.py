@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROMPTS, Site, six, write_standin
+from conftest import MP_ENGINE, PROMPTS, Site, six, write_standin
 from fleet import ROOT, Fleet, docker, until
 
 PLANNED = "vllm/vllm-openai-cpu:v0.32.0-x86_64"
@@ -138,9 +138,10 @@ def test_a_rank_that_dies_and_a_host_that_reboots(boxes: Boxes) -> None:
 
 def test_ranks_stop_together(boxes: Boxes) -> None:
     one, two = boxes.fleet.names
+    assert boxes.fleet.sh(two, f"pgrep -f '{MP_ENGINE}'")
     boxes.fleet.sh(one, "systemctl stop vllm-chat")
     until(
-        lambda: "baremetal_vllm_main" not in boxes.fleet.sh(two, "ps -eo args"),
+        lambda: not boxes.fleet.sh(two, f"pgrep -f '{MP_ENGINE}'", check=False),
         60,
         "the end of the other rank's engine",
     )
@@ -169,7 +170,8 @@ def test_firewall_managers_let_the_hosts_in_and_nobody_else(boxes: Boxes) -> Non
     assert set(changed.values()) == {0}
     apt = "export DEBIAN_FRONTEND=noninteractive; apt-get -qq update && apt-get -qq install -y --no-install-recommends"
     boxes.fleet.sh(one, f"{apt} ufw </dev/null && ufw allow 22/tcp && ufw --force enable")
-    boxes.fleet.sh(two, f"{apt} firewalld netbase </dev/null && systemctl start firewalld")
+    # The start of firewalld takes the container's way to a name server with it: nothing can be installed after that.
+    boxes.fleet.sh(two, f"{apt} firewalld netbase nftables </dev/null && systemctl start firewalld")
     before = [boxes.fleet.sh(one, "ufw show added"), boxes.fleet.sh(two, "firewall-cmd --list-all-zones")]
 
     boxes.play(2, each=managers)

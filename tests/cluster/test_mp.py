@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import pytest
-from conftest import PROMPTS, Site
+from conftest import MP_ENGINE, PROMPTS, Site
 from fleet import until
 
 
@@ -32,7 +32,7 @@ class TestHosts:
         output, changed = site.play(hosts)
         assert set(changed.values()) == {0}, output
         for host in site.fleet.names[:hosts]:
-            assert site.fleet.sh(host, "pgrep -f baremetal_vllm_main.py"), f"no engine on {host}"
+            assert site.fleet.sh(host, f"pgrep -f '{MP_ENGINE}'"), f"no engine on {host}"
 
     def test_one_loses_power_under_traffic(self, site: Site, hosts: int) -> None:
         last = site.fleet.names[hosts - 1]
