@@ -9,7 +9,8 @@ BIN is the bin folder of an environment with the package `ansible` (peers need c
 it. FOLDER holds the peers' roles by these names: geerlingguy.docker, nvidia.nvidia_driver, and DeepOps' `facts` and
 `nvidia_container_toolkit`. Theirs run once, or until they change nothing, then both sides run in turn. Their package
 names are set to those that the stand-in of Ubuntu 22.04 has; nothing else of theirs is changed. A run of theirs reads
-the host's facts, as their roles need them. The last line is the ratio of the medians, ours to theirs.
+the host's facts, as their roles need them. The last lines are the ratios of the medians, ours to theirs: of seconds, which
+want a machine that does nothing else, and of the controller's processor seconds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -45,8 +47,8 @@ PEERS = [
 ]
 
 
-def play(ansible: Path, inventory: Path, playbook: Path, roles: Path | None) -> tuple[dict[str, int], float, str]:
-    """The recap's counts, the seconds, and what was printed."""
+def play(ansible: Path, inventory: Path, playbook: Path, roles: Path | None) -> tuple[dict[str, int], float, float]:
+    """The recap's counts, the seconds, and the controller's processor seconds."""
     settings = {
         "ANSIBLE_COLLECTIONS_PATH": str(ROOT / "collections") if roles is None else "",
         "ANSIBLE_ROLES_PATH": str(roles or ""),
@@ -56,6 +58,7 @@ def play(ansible: Path, inventory: Path, playbook: Path, roles: Path | None) -> 
         "PATH": f"{ansible}:{os.environ['PATH']}",
     }
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.monotonic()
     done = subprocess.run(
         ["ansible-playbook", "-i", inventory, playbook],
@@ -67,10 +70,12 @@ def play(ansible: Path, inventory: Path, playbook: Path, roles: Path | None) -> 
         check=False,
     )
     seconds = time.monotonic() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     recap = re.search(rf"^(?:{OURS}|{THEIRS}) +: (ok=.*)$", done.stdout, re.M)
     if done.returncode or not recap:
         sys.exit(f"{playbook.name} ended with {done.returncode}\n{done.stdout[-4000:]}{done.stderr[-2000:]}")
-    return {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", recap[1])}, seconds, done.stdout
+    counts = {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", recap[1])}
+    return counts, seconds, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
 def reach(host: str, key: Path) -> dict[str, object]:
@@ -120,16 +125,19 @@ def main() -> None:
         for side in sides.values():  # the first run, whose seconds are the packages'
             play(given.ansible, inventory, *side)
         seconds: dict[str, list[float]] = {name: [] for name in sides}
+        processor: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(given.runs):
             for name, side in sides.items():
-                counts, took, _output = play(given.ansible, inventory, *side)
+                counts, took, worked = play(given.ansible, inventory, *side)
                 seconds[name].append(took)
+                processor[name].append(worked)
                 print(
-                    f"{name:<16}{took:7.1f} s   "
+                    f"{name:<16}{took:7.1f} s {worked:7.1f} s of the controller's processors   "
                     + " ".join(f"{key}={counts[key]}" for key in ("ok", "changed", "skipped"))
                 )
-    ours, theirs = (statistics.median(seconds[name]) for name in ("baremetal.vllm", "peers"))
-    print(f"medians: ours {ours:.1f} s, theirs {theirs:.1f} s, ratio {ours / theirs:.2f}")
+    for what, measured in (("seconds", seconds), ("the controller's processor seconds", processor)):
+        ours, theirs = (statistics.median(measured[name]) for name in ("baremetal.vllm", "peers"))
+        print(f"medians of {what}: ours {ours:.1f}, theirs {theirs:.1f}, ratio {ours / theirs:.2f}")
 
 
 if __name__ == "__main__":
