@@ -63,7 +63,7 @@ def interconnect_problems(ways: Mapping[str, list[Mapping[str, Any]]], limits: M
                     f"the clocks of {host} and {way['name']} are {abs(way['clock_offset_s']):.0f} s apart (limit "
                     f"{limits['clock_s']:g}): let both follow one time server",
                 )
-            if not way["whole_mtu"]:
+            if way["whole_mtu"] is False:
                 add(
                     "mtu",
                     f"packets of the interface's own MTU do not arrive from {host} at {way['name']}: a switch or tunnel "

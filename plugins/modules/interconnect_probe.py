@@ -100,7 +100,8 @@ time:
 ways:
   description:
     - For each peer C(name), C(address), C(problem) (empty when all went well), C(rtt_us) (the shortest of several), C(mbps) (one TCP
-      stream, none where it was not asked for), C(clock_offset_s) (the peer's clock minus this one's) and C(whole_mtu).
+      stream, none where it was not asked for), C(clock_offset_s) (the peer's clock minus this one's) and C(whole_mtu) (none
+      where nothing came back by UDP, which a firewall may close).
   returned: action is measure
   type: list
   elements: dict
@@ -327,23 +328,23 @@ def explain(error):
 
 
 def whole(udp, address, port, token, size):
-    """Whether a packet of this size arrives whole and unfragmented."""
+    """Whether a packet of this size arrives whole and unfragmented; None where none of any size does, as UDP is closed."""
     mark = proof(token, "datagram").encode("ascii")
     if udp.family == socket.AF_INET:
         udp.setsockopt(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DO)
     else:
         udp.setsockopt(socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, IP_PMTUDISC_DO)
     udp.settimeout(0.7)
-    length = size - IP_HEADERS[udp.family]
-    for _number in range(3):
-        try:
-            udp.sendto(mark + b"\0" * (length - len(mark)), (address, port))
-            if udp.recvfrom(4096)[0] == mark + b"%d" % length:
-                return True
-        except (IOError, OSError) as error:
-            if getattr(error, "errno", None) == errno.EMSGSIZE:
-                return False
-    return False
+    for length in (size - IP_HEADERS[udp.family], len(mark)):
+        for _number in range(3):
+            try:
+                udp.sendto(mark + b"\0" * (length - len(mark)), (address, port))
+                if udp.recvfrom(4096)[0] == mark + b"%d" % length:
+                    return length > len(mark)
+            except (IOError, OSError) as error:
+                if getattr(error, "errno", None) == errno.EMSGSIZE:
+                    return False
+    return None
 
 
 def way(peer, params):

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
 from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 from ansible_collections.baremetal.vllm.plugins.modules import interconnect_probe
 
@@ -58,3 +62,22 @@ def test_an_address_that_the_host_does_not_have(run_module: Run) -> None:
     answer = run_module(interconnect_probe, action="serve", token="word", name="b", addresses=["203.0.113.9"])
     assert answer["failed"]
     assert answer["msg"].startswith("cannot listen on 203.0.113.9: ")
+
+
+@pytest.mark.parametrize("passes, whole", [(9000, True), (1000, False), (0, None)])
+def test_a_path_of_a_smaller_mtu_is_told_from_closed_udp(passes: int, whole: bool | None) -> None:
+    """`passes`: the largest packet that the way carries."""
+
+    def echo() -> None:
+        mark = interconnect_probe.proof("word", "datagram").encode()
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                data, place = there.recvfrom(65536)
+                if len(data) <= passes:
+                    there.sendto(mark + b"%d" % len(data), place)
+
+    with socket.socket(type=socket.SOCK_DGRAM) as there, socket.socket(type=socket.SOCK_DGRAM) as here:
+        there.bind((THERE, 0))
+        here.bind((HERE, 0))
+        threading.Thread(target=echo, daemon=True).start()
+        assert interconnect_probe.whole(here, *there.getsockname(), "word", 1500) is whole
