@@ -140,7 +140,7 @@ package_lists:
   returned: success
   type: bool
 packages:
-  description: Version of each of O(packages) and of each kernel package that is installed.
+  description: Version of each of O(packages), of each kernel package and of each that O(foreign) matches, where it is installed.
   returned: success
   type: dict
   sample: {dkms: 3.0.10-8+deb12u1}
@@ -499,7 +499,7 @@ def look_meanwhile(asked):
         "packages": {
             name: version
             for name, version in installed.items()
-            if name in asked["packages"] or KERNEL_PACKAGES.match(name)
+            if name in asked["packages"] or KERNEL_PACKAGES.match(name) or re.match(asked["foreign"], name)
         },
         "held": held(),
         "units": units(asked["units"]),

@@ -106,6 +106,18 @@ def test_names_carry_the_role(role: str) -> None:
     assert not internal, f"vars: {internal} should begin with __{role}_"
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_a_role_gives_its_own_options_no_other_value(role: str) -> None:
+    """Extra variables (-e, a survey of AWX) are above those of a task, so that the user's value would stay."""
+    given = {
+        name
+        for path in (ROOT / "roles" / role / "tasks").glob("*.yml")
+        for task in mappings(load(path))
+        for name in task.get("vars") or {}
+    }
+    assert not given & set(defaults(role))
+
+
 # ---- variables that nothing reads ----
 
 DEFINING = ("vars", "ansible.builtin.set_fact")  # keys of these are names of variables

@@ -176,7 +176,7 @@ deb ubuntu-more linux-headers-$ubuntu_kernel 6.8.0-90.91~22.04.1
 deb ubuntu-more linux-headers-generic-hwe-22.04 6.8.0-90.91~22.04.1 "Depends: linux-headers-$ubuntu_kernel"
 deb ubuntu-more linux-image-$ubuntu_kernel 6.8.0-90.91~22.04.1
 deb ubuntu-more linux-image-generic-hwe-22.04 6.8.0-90.91~22.04.1 "Depends: linux-image-$ubuntu_kernel"
-for version in 580.95.05 580.126.20; do
+for version in 580.95.05 580.105.08 580.126.20; do # NVIDIA's repository below has no fabric manager of the second
   revision=$version-0ubuntu0.22.04.1
   driver_source "$work/tree" $version 'Dual MIT/GPL'
   deb ubuntu-more nvidia-dkms-580-server-open $revision 'Depends: dkms' "$(dkms_hook $version)"
