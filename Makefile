@@ -37,7 +37,7 @@ test-vm: ## A real kernel in QEMU: nouveau, initramfs, DKMS, reboots (as root, w
 	@scripts/controller.sh requirements-dev.txt
 	@.venv/bin/python tests/run.py vm
 
-test-driver: ## Driver changed, rolled back, removed and by packages, CUDA toolkits, on stand-ins (10 to 20 minutes)
+test-driver: ## Driver changed, rolled back, removed and by packages, CUDA toolkits, on stand-ins (half an hour on two cores)
 	@scripts/controller.sh requirements-dev.txt
 	@BAREMETAL_TEST_DRIVER_CHANGES=1 molecule/run.sh nvidia_driver_changes_standin nvidia_packages_standin cuda_toolkit_standin
 

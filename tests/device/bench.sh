@@ -52,7 +52,7 @@ play() { # PLAYBOOK OBJECTIVE [ARGUMENT...]
   cat >"$work/vars.json" <<VARS
 {
   "vllm_services": [{"name": "chat", "model": "$model", "objective": "$objective", "port": $port, "start_timeout": 900,
-                     "extra_args": ["--load-format", "dummy"$(printf ', "%s"' ${PLAN_ARGS:-} | sed 's/^, ""$//')], "env": $links}],
+                     "extra_args": ["--load-format", "dummy"${PLAN_ARGS:+$(printf ', "%s"' $PLAN_ARGS)}], "env": $links}],
   "vllm_root": "$work/root", "vllm_config_dir": "$work/config", "vllm_state_dir": "$work/state", "vllm_log_dir": "$work/log",
   "vllm_user": "$(id -un)", "vllm_existing_python": "$VLLM_PYTHON", "vllm_api_key": "$key", "vllm_verify_client": "never",
   "ansible_become": false, "preflight_allow_untested_distribution": true, "model_root": "$work/models",
