@@ -8,6 +8,7 @@
 #        defaults              `vllm serve MODEL` and nothing else: one GPU
 #        tp                    the same with tensor parallelism over all GPUs
 #        seed0, seed1          the flags of the deployments that this collection was made from, over all GPUs
+#        CASE@ARG,ARG          the same with more arguments: throughput@--api-server-count,4
 # All of them, in the order throughput tp latency defaults seed1 seed0, when none is named. OUT/summary.md and OUT/report.html
 # are written anew after each case: a run that is cut short loses nothing, and a second run adds to the first.
 #
@@ -15,7 +16,6 @@
 #                      (without a network: PIP_NO_INDEX=1 PIP_FIND_LINKS=folder of wheels)
 # MODEL                name in tests/benchmarks/truth/configs.json or a config.json (qwen2.5-7b); weights are dummies
 # CONCURRENCY          clients at once ("8 200 1024"), PROMPTS_PER_CLIENT (4), INPUT_LEN (512), OUTPUT_LEN (128), PROCESSES (8)
-# EXTRA_ARGS           more arguments of servers that are started by hand; PLAN_ARGS: of planned ones
 # GPUS                 number of GPUs to use by hand (all)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -33,12 +33,13 @@ gpus=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)}
 port=18300
 work=$(mktemp -d)
 server=
+more=()
 key=sk-device-bench
 mkdir -p "$out"
 
 # What this machine sets for its links holds for planned servers, too.
 links=$("$python" -c 'import json, os
-print(json.dumps({k: v for k, v in os.environ.items() if k.startswith(("NCCL_", "NVSHMEM_", "TORCH_SYMM_"))}))')
+print(json.dumps({k: v for k, v in os.environ.items() if k.startswith(("NCCL_", "NVSHMEM_", "TORCH_SYMM_", "FLASHINFER_"))}))')
 
 model=$work/models/$(basename "${MODEL:-qwen2.5-7b}" .json)
 PYTHONPATH=collections "$python" tests/device/dummy_model.py "${MODEL:-qwen2.5-7b}" "$model"
@@ -52,7 +53,7 @@ play() { # PLAYBOOK OBJECTIVE [ARGUMENT...]
   cat >"$work/vars.json" <<VARS
 {
   "vllm_services": [{"name": "chat", "model": "$model", "objective": "$objective", "port": $port, "start_timeout": 900,
-                     "extra_args": ["--load-format", "dummy"${PLAN_ARGS:+$(printf ', "%s"' $PLAN_ARGS)}], "env": $links}],
+                     "extra_args": ["--load-format", "dummy"$(for arg in "${more[@]}"; do printf ', "%s"' "$arg"; done)], "env": $links}],
   "vllm_root": "$work/root", "vllm_config_dir": "$work/config", "vllm_state_dir": "$work/state", "vllm_log_dir": "$work/log",
   "vllm_user": "$(id -un)", "vllm_existing_python": "$VLLM_PYTHON", "vllm_api_key": "$key", "vllm_verify_client": "never",
   "ansible_become": false, "preflight_allow_untested_distribution": true, "model_root": "$work/models",
@@ -72,7 +73,7 @@ by_hand() { # ARGUMENT...
  "task": "generate", "gpus": [], "python": ["$VLLM_PYTHON"]}
 TOLD
   VLLM_API_KEY=$key setsid "$VLLM_PYTHON" -m vllm.entrypoints.openai.api_server --model "$model" --load-format dummy \
-    --host 127.0.0.1 --port "$port" "$@" ${EXTRA_ARGS:-} >"$out/$name.log" 2>&1 &
+    --host 127.0.0.1 --port "$port" "$@" "${more[@]}" >"$out/$name.log" 2>&1 &
   server=$!
   for _ in $(seq 900); do
     if "$python" -c "import urllib.request as r; r.urlopen('http://127.0.0.1:$port/health', timeout=5)" 2>/dev/null; then return; fi
@@ -126,11 +127,12 @@ trap 'stop; rm -rf "$work"' EXIT
 
 failed=0
 for name in "${cases[@]}"; do
-  began=$SECONDS
+  began=$SECONDS more=()
+  [[ $name != *@* ]] || IFS=, read -ra more <<<"${name#*@}"
   all_gpus=()
   [[ $gpus -eq 1 ]] || all_gpus=(--tensor-parallel-size "$gpus")
-  if case $name in
-      throughput | latency) play site "$name" >"$out/$name.log" 2>&1 ;;
+  if case ${name%%@*} in
+      throughput | latency) play site "${name%%@*}" >"$out/$name.log" 2>&1 ;;
       defaults) by_hand ;;
       tp) by_hand "${all_gpus[@]}" ;;
       seed0) by_hand "${all_gpus[@]}" --gpu-memory-utilization 0.85 --max-model-len 4096 ;;
@@ -139,7 +141,7 @@ for name in "${cases[@]}"; do
           --enable-chunked-prefill --enable-prefix-caching --max-num-batched-tokens 65536
         ;;
       *) echo "bench: there is no case $name" && false ;;
-    esac && up=$((SECONDS - began)) && play bench "$name" >"$out/$name-bench.log" 2>&1; then
+    esac && up=$((SECONDS - began)) && play bench throughput >"$out/$name-bench.log" 2>&1; then
     echo "bench: $name: up after $up s, measured after $((SECONDS - began)) s"
   else
     failed=$((failed + 1))

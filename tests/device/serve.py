@@ -36,6 +36,8 @@ from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.tables impo
 
 # Measured KV tokens may be this much off the plan (docs/performance.md has the planner's own bounds).
 BOUND = 0.10
+# What this machine sets for its links, and where compiled kernels lie, holds for the servers, too.
+LINKS = ("NCCL_", "NVSHMEM_", "TORCH_SYMM_", "FLASHINFER_")
 RECAP = re.compile(r"^here\s*:.*?changed=(\d+).*?failed=(\d+)", re.M)
 
 
@@ -59,9 +61,8 @@ def make_model(folder: Path, config: dict[str, Any]) -> None:
         handle.truncate(int(parse_config(config).parameters * 2))
 
 
-def services(gpus: int, models: Path) -> list[dict[str, Any]]:
-    # What this machine sets for its links holds for the servers, too.
-    links = {name: value for name, value in os.environ.items() if name.startswith(("NCCL_", "NVSHMEM_", "TORCH_SYMM_"))}
+def services(gpus: int, memory_mib: int, models: Path) -> list[dict[str, Any]]:
+    links = {name: value for name, value in os.environ.items() if name.startswith(LINKS)}
     dummy = {"extra_args": ["--load-format", "dummy"], "env": links}
     chat = {"name": "chat", "model": str(models / "qwen2.5-7b"), "max_model_len": 8192, **dummy}
     chat |= {"tensor_parallel_size": 1, "data_parallel_size": min(gpus, 2)}
@@ -72,7 +73,9 @@ def services(gpus: int, models: Path) -> list[dict[str, Any]]:
         "tensor_parallel_size": 2,
         **dummy,
     }
-    moe = {"name": "moe", "model": str(models / "qwen3-30b-a3b"), "max_model_len": 8192, "gpus": 1, **dummy}
+    # 57 GiB of weights are too much beside the others on two GPUs of 80 GB.
+    moe_model, moe_length = ("qwen3-30b-a3b", 8192) if memory_mib > 120_000 else ("olmoe-1b-7b", 4096)
+    moe = {"name": "moe", "model": str(models / moe_model), "max_model_len": moe_length, "gpus": 1, **dummy}
     embed = {"name": "embed", "model": str(models / "bge-m3"), "max_model_len": 8192, **dummy}
     if gpus >= 2:
         return [chat, big, moe, embed]
@@ -167,15 +170,17 @@ def main() -> None:
     parser.add_argument("--wheels", type=Path, help="folder with supervisor's wheel, for a machine without a network")
     parser.add_argument("--keep", action="store_true", help="leave the services running")
     options = parser.parse_args()
-    smi = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    gpus = len([line for line in smi.stdout.splitlines() if line.startswith("GPU ")])
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    smi = subprocess.run(query, capture_output=True, text=True, check=False)
+    memories = [int(line) for line in smi.stdout.splitlines() if line.isdigit()]
+    gpus = len(memories)
     if not gpus:
         sys.exit("serve: nvidia-smi lists no GPU on this machine")
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         play = Play(work, options)
-        entries = services(gpus, work / "models")
+        entries = services(gpus, min(memories), work / "models")
         for entry in entries:
             path = Path(entry["model"])
             if not path.exists():
