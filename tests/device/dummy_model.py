@@ -43,8 +43,7 @@ def tokenizer(vocabulary_size: int) -> dict:
     return made
 
 
-def main(name: str, folder: Path) -> None:
-    config = json.loads(Path(name).read_text()) if Path(name).exists() else json.loads(CONFIGS.read_text())[name]
+def write(config: dict, folder: Path) -> None:
     size = parse_config(config).parameters * BYTES_PER_PARAMETER
     header = json.dumps({"dummy": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
     header += b" " * (-len(header) % 8)
@@ -71,4 +70,6 @@ def main(name: str, folder: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    main(sys.argv[1], Path(sys.argv[2]))
+    name = sys.argv[1]
+    given = json.loads(Path(name).read_text()) if Path(name).exists() else json.loads(CONFIGS.read_text())[name]
+    write(given, Path(sys.argv[2]))

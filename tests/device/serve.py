@@ -8,7 +8,7 @@
 VLLM_PYTHON is the interpreter of an environment that holds vLLM; nothing is installed, no network, Docker or systemd is
 needed. Weights are dummies (--load-format dummy) behind the real models' config.json; files of the real size take no
 disk. Services: a 7B as two replicas of TP 1, a 32B on TP 2, a mixture of experts and an embedding model, on two GPUs or
-more (which they share where there are two). With one GPU only the 7B (TP 1), a second one and the embedding model run.
+more (which they share where there are two). With one GPU the 7B (TP 1), a second one, the mixture and the embedding model run.
 
 Runs site.yml twice (the second must change nothing), changes one service, sees that only that one restarted, and tears
 down. Prints a line for each service, writes all of it to OUT.json, and exits with 1 if something did not hold.
@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,9 +28,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "collections"))
-from ansible_collections.baremetal.vllm.plugins.module_utils import random_llama  # noqa: E402
-from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.model import parse_config  # noqa: E402
+sys.path[:0] = [str(ROOT / "collections"), str(Path(__file__).parent)]
+import dummy_model  # noqa: E402
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.tables import load  # noqa: E402
 
 # Measured KV tokens may be this much off the plan (docs/performance.md has the planner's own bounds).
@@ -46,19 +44,6 @@ def configs() -> dict[str, dict[str, Any]]:
     # Not of its size, so that the planner does without it; vLLM's model reads it.
     bge = {**load("models")["models"]["BAAI/bge-m3"]["config"], "position_embedding_type": "absolute"}
     return {**found, "bge-m3": bge}
-
-
-def make_model(folder: Path, config: dict[str, Any]) -> None:
-    """A model's folder: its configuration, a tokenizer that will do, and a hole of its weights' size."""
-    folder.mkdir(parents=True)
-    made = folder / "made"
-    random_llama.write(str(made), 0)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.move(made / name, folder / name)
-    shutil.rmtree(made)
-    (folder / "config.json").write_text(json.dumps(config))
-    with (folder / "model.safetensors").open("wb") as handle:
-        handle.truncate(int(parse_config(config).parameters * 2))
 
 
 def services(gpus: int, memory_mib: int, models: Path) -> list[dict[str, Any]]:
@@ -79,7 +64,7 @@ def services(gpus: int, memory_mib: int, models: Path) -> list[dict[str, Any]]:
     embed = {"name": "embed", "model": str(models / "bge-m3"), "max_model_len": 8192, **dummy}
     if gpus >= 2:
         return [chat, big, moe, embed]
-    return [chat, {**chat, "name": "second", "max_model_len": 4096}, embed]
+    return [chat, {**chat, "name": "second", "max_model_len": 4096}, moe, embed]
 
 
 class Play:
@@ -184,7 +169,7 @@ def main() -> None:
         for entry in entries:
             path = Path(entry["model"])
             if not path.exists():
-                make_model(path, configs()[path.name])
+                dummy_model.write(configs()[path.name], path)
         play.settings(entries)
         try:
             _, _, first = play.run()

@@ -184,15 +184,20 @@ class Allocator:
     segment of its own in steps of 2 MiB; what is left of a block is cut off when it is more than 1 MiB, and counts as
     the tensor's otherwise. From ``whole_from`` on nothing is cut off: vLLM 0.20 and later load weights with
     ``max_split_size_mb:20``. Source: c10/cuda/CUDACachingAllocator (PyTorch 2.11), vLLM v1/worker/gpu_worker.py.
+
+    Attributes:
+        counted: bytes so far.
+        stored: bytes of those tensors, without rounding, that a checkpoint holds.
     """
 
     def __init__(self, whole_from: int = LARGE) -> None:
-        self.counted = 0
+        self.counted = self.stored = 0
         self._whole_from = whole_from
         self._free: list[int] = []  # in order of size
 
-    def take(self, size: int) -> None:
+    def take(self, size: int, stored: bool = True) -> None:
         """One tensor of ``size`` bytes that stays."""
+        self.stored += size if stored else 0
         if size <= MIB:
             self.counted += -(-size // 512) * 512
             return
@@ -209,7 +214,7 @@ class Allocator:
 
     def rotary(self, elements: int, element: int) -> None:
         """The table of cosines and sines, with what building it in float32 leaves free for later tensors."""
-        self.take(elements * element)
+        self.take(elements * element, stored=False)
         self._free = sorted(
             [*self._free, *(size for size in (elements * 2, elements * 2, elements * 4) if size >= LARGE)]
         )
@@ -217,7 +222,7 @@ class Allocator:
 
 def _weights(
     shape: ModelShape, tp: int, expert_split: int, layers: range, first: bool, last: bool, element: int, whole_from: int
-) -> int:
+) -> Allocator:
     quant = shape.quant
     memory = Allocator(whole_from)
     table = shape.rotary_elements
@@ -251,19 +256,16 @@ def _weights(
     for index in layers:
         a = shape.layers[index].attention
         if a and a.kind == "mla":  # kv_b is kept, and taken apart once more for decoding
-            memory.take(a.heads // tp * a.nope_dim * a.latent * element)
-            memory.take(a.heads // tp * a.v_dim * a.latent * element)
+            memory.take(a.heads // tp * a.nope_dim * a.latent * element, stored=False)
+            memory.take(a.heads // tp * a.v_dim * a.latent * element, stored=False)
     if first and shape.vision_parameters:
         memory.take(shape.vision_parameters * element // tp)
-    return memory.counted
+    return memory
 
 
 def _disk_bytes(shape: ModelShape) -> int:
     """Bytes of the checkpoint as this module sees it, to compare with the true size."""
-    plain = DTYPE_BYTES[shape.dtype]
-    return max(
-        1, _weights(shape, 1, 1, range(shape.num_layers), True, True, plain, LARGE) - shape.rotary_elements * plain
-    )
+    return max(1, _weights(shape, 1, 1, range(shape.num_layers), True, True, DTYPE_BYTES[shape.dtype], LARGE).stored)
 
 
 def _dense_token(shape: ModelShape, inner: int, gated: bool, tp: int, element: int, compiled: bool) -> int:
@@ -399,7 +401,9 @@ def _stages(
         latent = next((a for a in (shape.layers[i].attention for i in layers) if a and a.kind == "mla"), None)
         stages.append(
             _Stage(
-                weights=int(_weights(shape, tp, expert_split, layers, first, last, element, whole_from) * scale),
+                weights=int(
+                    _weights(shape, tp, expert_split, layers, first, last, element, whole_from).counted * scale
+                ),
                 dense=tuple(_mlp_tokens(shape, tp, layers, element, False, compiled) for compiled in (False, True)),  # type: ignore[arg-type]
                 sparse=tuple(_mlp_tokens(shape, tp, layers, element, True, compiled) for compiled in (False, True)),  # type: ignore[arg-type]
                 attention=_attention_token(shape, tp, layers, element),

@@ -180,6 +180,15 @@ def test_given_weights_scale_what_is_computed() -> None:
     assert given_size.weights_gib == pytest.approx(computed.weights_gib * 1.1, rel=0.005)
 
 
+@pytest.mark.parametrize("name", ["qwen2.5-7b", "qwen2.5-32b", "qwen3-30b-a3b", "deepseek-v2-lite", "olmoe-1b-7b"])
+def test_files_of_the_right_size_change_nothing(name: str) -> None:
+    """What PyTorch's allocator adds to the tensors is on no disk, and must not be scaled away: 0.1 GiB of a 7B were."""
+    bare = shape(name)
+    gpu = {"gpu_memory_total_mib": 143771, "engine_version": "0.25.1", "max_model_len": 4096}
+    on_disk = engine_memory(shape(name, weights_gib=2 * bare.parameters / (1 << 30)), **gpu)
+    assert on_disk.weights_gib == pytest.approx(engine_memory(bare, **gpu).weights_gib, rel=1e-4)
+
+
 def test_experts_that_are_dealt_whole() -> None:
     sliced = engine_memory(shape("qwen3-30b-a3b"), gpu_memory_total_mib=81559, tensor_parallel_size=2)
     dealt = engine_memory(
