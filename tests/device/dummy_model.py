@@ -21,7 +21,6 @@ from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.model impor
 
 CONFIGS = Path(__file__).resolve().parents[1] / "benchmarks/truth/configs.json"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-BYTES_PER_PARAMETER = 2
 
 
 def word(number: int) -> str:
@@ -44,7 +43,7 @@ def tokenizer(vocabulary_size: int) -> dict:
 
 
 def write(config: dict, folder: Path) -> None:
-    size = parse_config(config).parameters * BYTES_PER_PARAMETER
+    size = parse_config(config).parameters * (4 if config.get("torch_dtype") == "float32" else 2)
     header = json.dumps({"dummy": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
     header += b" " * (-len(header) % 8)
     folder.mkdir(parents=True, exist_ok=True)
