@@ -22,6 +22,7 @@ from .layout import (
     batches,
     dtype_for,
     memory_arguments,
+    oldest_driver,
     spreads_experts,
     valid_shapes,
     valid_tp,
@@ -281,7 +282,10 @@ def explain(task: Task, layout: Layout, settled: Mapping[str, Any]) -> list[str]
     service, instance = task.service, task.instances[0]
     need, gpu, host = instance.need, instance.places[0].gpu, instance.places[0].host
     why = [f"shape from {service.config_from} (confidence {service.shape.confidence})", *service.shape.notes]
-    why += layout.needs.engine(service, gpu, host.driver_version)[3]
+    driver = oldest_driver(instance.hosts)
+    why += layout.needs.engine(service, gpu, driver)[3]
+    if len({host.driver_version for host in instance.hosts}) > 1:
+        why.append(f"the hosts' drivers differ: the oldest, {driver}, decides which release all of them run")
     if not service.engine and need.engine.version == load("engines")["default_version"]["cuda"]:
         why.append(f"vLLM {need.engine.version}: the newest release whose memory was measured for this planner")
     why += host.notes

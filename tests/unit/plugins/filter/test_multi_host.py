@@ -224,12 +224,80 @@ def test_cpu_servers_on_several_hosts_are_servers_of_their_own() -> None:
     assert spans(plan, ["one", "two"]) == []
 
 
-def test_unlike_gpus_are_refused_in_one_line() -> None:
+@pytest.mark.parametrize("sizes", [{}, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}])
+def test_unlike_gpus_are_refused_in_one_line(sizes: dict[str, int]) -> None:
     hosts = [*gpu_hosts(1), {**gpu_hosts(1, "2x A10")[0], "name": "two"}]
-    asked = {**RAY_SERVICE, "hosts": ["one", "two"], "pipeline_parallel_size": 2}
+    asked = {"name": "chat", "model": "Qwen/Qwen2.5-32B", "max_model_len": 32768, "hosts": ["one", "two"], **sizes}
     plan = vllm_plan([asked], hosts)
-    assert not plan["fits"]
-    assert len(plan["problems"]) == 1
+    assert plan["problems"] == [
+        "chat: the GPUs of one server are alike, and the hosts have no kind in common: one has 2 Tesla V100-PCIE-16GB "
+        "(16384 MiB); two has 2 NVIDIA A10 (23028 MiB). Name hosts with equal GPUs, or make a service for each kind"
+    ]
+
+
+OVER_TWO = {"name": "chat", "model": "Qwen/Qwen2.5-14B", "max_model_len": 8192, "hosts": ["one", "two"],
+            "tensor_parallel_size": 2, "pipeline_parallel_size": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "gpus, drivers, image",
+    [
+        ("2x V100-PCIE-16GB no-p2p", ["550.90.07", "550.127.05"], "v0.8.5.post1"),
+        ("2x A10", ["580.82.07", "580.159.04"], "v0.25.1"),
+        ("2x A10", ["580.82.07", None], "v0.25.1"),  # still to be installed
+        # The oldest one decides for both, wherever it is.
+        ("2x A10", ["580.82.07", "575.64.03"], "v0.25.1-cu129"),
+        ("2x A10", ["575.64.03", "580.82.07"], "v0.25.1-cu129"),
+    ],
+)
+def test_hosts_of_unlike_drivers_work_together(gpus: str, drivers: list[str | None], image: str) -> None:
+    hosts = [{**host, "driver_version": driver} for host, driver in zip(gpu_hosts(2, gpus), drivers, strict=True)]
+    plan = vllm_plan([OVER_TWO], hosts)
+    assert plan["fits"], plan["problems"]
+    (row,) = plan["services"]
+    assert row["gpus"] == {"one": [0, 1], "two": [0, 1]}
+    assert row["image"] == f"vllm/vllm-openai:{image}"
+    assert any("the hosts' drivers differ: the oldest, " in line for line in row["why"])
+
+
+@pytest.mark.parametrize("counts", [(4, 2), (2, 4)])
+def test_hosts_of_unlike_numbers_of_gpus_work_together(counts: tuple[int, int]) -> None:
+    hosts = [
+        {**gpu_hosts(1, f"{count}x A10")[0], "name": name} for count, name in zip(counts, ("one", "two"), strict=True)
+    ]
+    plan = vllm_plan([OVER_TWO], hosts)
+    assert plan["fits"], plan["problems"]
+    assert {name: len(gpus) for name, gpus in plan["services"][0]["gpus"].items()} == {"one": 2, "two": 2}
+    # ... and with the sizes left out.
+    free = {"name": "chat", "model": "Qwen/Qwen2.5-32B", "max_model_len": 32768, "hosts": ["one", "two"]}
+    (row,) = vllm_plan([free], hosts)["services"]
+    assert row["fits"], row["problems"]
+    assert (row["tensor_parallel_size"], row["pipeline_parallel_size"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "gpus, pp, problem",
+    [
+        ("4x A10", 3, "each gets the same number of stages. Set pipeline_parallel_size 2, 4, or name other hosts"),
+        ("2x A10", 4, "two has 2 GPUs, and 2 stages take 4. Set pipeline_parallel_size 2, or name other hosts"),
+    ],
+)
+def test_stages_that_do_not_go_onto_the_hosts(gpus: str, pp: int, problem: str) -> None:
+    hosts = [gpu_hosts(1, "6x A10")[0], {**gpu_hosts(1, gpus)[0], "name": "two"}]
+    plan = vllm_plan([{**OVER_TWO, "pipeline_parallel_size": pp}], hosts)
+    assert plan["problems"] == [f"chat: TP 2 x PP {pp} does not go onto 2 hosts: {problem}"]
+
+
+def test_a_refusal_does_not_show_that_it_fits() -> None:
+    asked = {**OVER_TWO, "hosts": None, "pipeline_parallel_size": 3}
+    (problem,) = vllm_plan([asked], gpu_hosts(2, "4x A10"))["problems"]
+    assert problem.startswith("chat: TP 2 x PP 3 fits on GPUs like these, but not on these hosts: each one gets the same")
+
+
+def test_the_host_that_cannot_hold_a_server_of_its_own_is_told() -> None:
+    hosts = [gpu_hosts(1, "4x A10")[0], {**gpu_hosts(1)[0], "name": "two"}]
+    plan = vllm_plan([{**OVER_TWO, "tensor_parallel_size": 1, "pipeline_parallel_size": 1}], hosts)
+    assert plan["problems"][0].startswith("chat: does not fit on Tesla V100-PCIE-16GB with TP 1: ")
 
 
 @pytest.mark.parametrize(
