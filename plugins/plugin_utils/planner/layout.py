@@ -219,7 +219,7 @@ def _least_weights_gib(service: Service) -> float:
 def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engine | None, str, list[str], list[str]]:
     """The release that the user set, or the default one, or else the newest that can serve this model on this GPU.
 
-    One that the driver supports in full comes before one that it merely tolerates.
+    One that can divide the model as the user wants comes before others, and then one that the driver runs for certain.
     """
     container = service.runtime == "container"
     driver = None if service.image else driver
@@ -243,12 +243,37 @@ def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engi
     # No release helps against a GPU that cannot run the weights.
     if problem := engines.quantization_problem(service.quantization or service.shape.quantization, gpu.capability):
         return None, "", [problem], []
+    dividing = [each for each in able if not _undividable(service, each[0])] or able
     engine, suffix, remarks = next(
-        (each for each in able if not engines.is_tolerated(each[0], each[1], driver)), able[0]
+        (
+            (engine, suffix, remarks)
+            for engine, suffix, remarks in dividing
+            if not engines.is_risky(engine, suffix, gpu.capability, gpu.name, driver, container)
+        ),
+        dividing[0],
     )
-    if engine is not able[0][0]:
+    if dividing[0] is not able[0]:
+        remarks = [*remarks, f"not vLLM {able[0][0].version}: {_undividable(service, able[0][0])}"]
+    if engine is not dividing[0][0]:
         remarks = [f"vLLM {engine.version}: the newest that driver {driver} supports in full; a newer one allows more"]
     return engine, suffix, [], remarks
+
+
+def _undividable(service: Service, engine: Engine) -> str | None:
+    """Why a release cannot divide the model as the user wants, or None."""
+    several = service.hosts is not None and len(service.hosts) > 1
+    if several and (problem := spanning_problem(engine, service.executor)):
+        return problem
+    # Several hosts are several stages, unless each of them holds a server of its own.
+    stages = service.pp or (2 if several else 1)
+    return next(iter(pp_problems(service.shape, stages, engine_version=engine.version)), None)
+
+
+def spanning_problem(engine: Engine, executor: str | None) -> str | None:
+    """Why an executor cannot work over several hosts, or None."""
+    if executor == "mp" and not engine.mp_nodes:
+        return f"executor mp does not span hosts in vLLM {engine.version}: use ray, or a release from 0.11.1 on"
+    return None
 
 
 def batches(service: Service, gpu: Gpu, engine: Engine, length: int) -> Iterator[tuple[int, int]]:

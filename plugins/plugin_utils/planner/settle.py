@@ -23,6 +23,7 @@ from .layout import (
     dtype_for,
     memory_arguments,
     oldest_driver,
+    spanning_problem,
     spreads_experts,
     valid_shapes,
     valid_tp,
@@ -122,10 +123,8 @@ def _executor(task: Task, instance: Instance) -> str:
     service, need = task.service, instance.need
     if len(instance.hosts) > 1:
         executor = service.executor or "ray"
-        if executor == "mp" and not need.engine.mp_nodes:
-            task.problems.append(
-                f"executor mp does not span hosts in vLLM {need.engine.version}: use ray, or a release from 0.11.1 on"
-            )
+        if problem := spanning_problem(need.engine, executor):
+            task.problems.append(problem)
         return executor
     if service.executor:
         if service.executor not in need.engine.executors:

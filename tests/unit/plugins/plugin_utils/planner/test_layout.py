@@ -214,8 +214,24 @@ def test_an_old_driver_gets_the_image_for_it() -> None:
     assert one(hosts, runtime="venv")["image"] is None
 
 
-def test_a_driver_that_supports_a_release_in_full_decides_which() -> None:
+def test_an_old_driver_is_enough_where_the_build_has_machine_code() -> None:
     hosts = hosts_from_text("1x A10")
+    hosts[0]["driver_version"] = "550.144.03"
+    row = one(hosts, max_model_len=4096)
+    assert row["image"] == "vllm/vllm-openai:v0.25.1-cu129"
+    assert any("all parts have machine code for compute capability 8.6" in line for line in row["why"])
+    assert one(hosts, max_model_len=4096, runtime="venv")["engine_version"] == "0.19.1"  # whose own CUDA is 12.9
+
+
+def test_an_image_that_would_not_start_with_an_old_driver_is_not_taken() -> None:
+    hosts = hosts_from_text("1x RTX-4090")
+    hosts[0]["driver_version"] = "550.144.03"
+    assert one(hosts, max_model_len=4096)["engine_version"] == "0.8.5.post1"
+    assert one(hosts, max_model_len=4096, runtime="venv")["engine_version"] == "0.19.1"
+
+
+def test_a_driver_that_would_have_to_compile_for_the_gpu_decides_which_release() -> None:
+    hosts = hosts_from_text("1x H100")
     hosts[0]["driver_version"] = "550.144.03"
     row = one(hosts, max_model_len=4096)
     assert row["engine_version"] == "0.8.5.post1"
@@ -223,6 +239,31 @@ def test_a_driver_that_supports_a_release_in_full_decides_which() -> None:
     pinned = one(hosts, max_model_len=4096, engine_version="0.25.1")
     assert pinned["image"].endswith("-cu129")
     assert any("may be refused" in line for line in pinned["why"])
+
+
+@pytest.mark.parametrize(
+    "driver, asked, version, why",
+    [
+        ("535.183.01", {}, "0.4.2", "535.183.01 supports in full"),
+        (
+            "535.183.01",
+            {"pipeline_parallel_size": 2},
+            "0.25.1",
+            "parts that the driver compiles at run time may be refused",
+        ),
+        ("550.144.03", {"executor": "mp", "pipeline_parallel_size": 2}, "0.25.1", "may be refused"),
+        ("550.144.03", {"pipeline_parallel_size": 2}, "0.8.5.post1", "550.144.03 supports in full"),
+    ],
+)
+def test_a_release_that_cannot_divide_the_model_as_asked_is_not_taken(
+    driver: str, asked: dict[str, Any], version: str, why: str
+) -> None:
+    hosts = [{**host, "driver_version": driver} for host in hosts_from_text("2x(1x H100)")]
+    named = {"hosts": [host["name"] for host in hosts]} if asked else {}
+    row = one(hosts, max_model_len=4096, **named, **asked)
+    assert row["fits"], row["problems"]
+    assert row["engine_version"] == version
+    assert any(why in line for line in row["why"]), row["why"]
 
 
 def test_a_gpu_that_nothing_supports_is_refused() -> None:

@@ -92,6 +92,25 @@ class TestV100:
         assert row["dtype"] == "float16"
         assert not row["enforce_eager"]
 
+    @pytest.mark.parametrize(
+        ("driver", "why"),
+        [
+            ("535.183.01", "all parts have machine code for compute capability 7.0"),
+            ("550.144.03", "vLLM 0.25.1 (CUDA 13.0) has no code for compute capability 7.0"),
+            ("580.159.04", "vLLM 0.25.1 (CUDA 13.0) has no code for compute capability 7.0"),
+        ],
+    )
+    @pytest.mark.parametrize("number", [1, 3])
+    def test_the_release_is_the_same_with_every_driver_that_runs_it(self, number: int, driver: str, why: str) -> None:
+        hosts = [{**host, "driver_version": driver} for host in hosts_from_text(f"{number}x({TWO_V100})")]
+        asked: dict[str, Any] = {"name": "qwen", "model": "Qwen/Qwen2.5-14B", "max_model_len": 2048}
+        if number > 1:
+            asked |= {"hosts": [host["name"] for host in hosts], "pipeline_parallel_size": 3}
+        (row,) = make_plan([asked], hosts)["services"]
+        assert row["fits"], row["problems"]
+        assert row["engine_version"] == "0.8.5.post1"
+        assert any(why in line for line in row["why"]), row["why"]
+
     def test_the_image_that_was_tried_in_vain_is_refused(self) -> None:
         row = one(TWO_V100, model="Qwen/Qwen2.5-7B", engine_version="0.10.1.1")
         assert "no code for compute capability 7.0" in row["problems"][0]
