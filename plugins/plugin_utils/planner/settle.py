@@ -322,11 +322,17 @@ def _why_parallel(task: Task, settled: Mapping[str, Any]) -> list[str]:
     if pp > 1 and len(instance.hosts) > 1:
         speed = f" ({host.network_mbps} Mb/s)" if host.network_mbps else ""
         why.append(f"PP {pp}: TP inside a host, stages between hosts, which exchange far less{speed}")
-        if alone := _on_one_host(service, instance, settled["max_model_len"]):
+        if fewer := _on_fewer_hosts(service, instance, settled["max_model_len"]):
+            number, alone = fewer
+            if number == 1:
+                enough = f"one host is enough: TP {alone.shape.tp} x PP {alone.shape.pp} on {host.name}"
+                way = "Leave the sizes out for a server on each host, which answer more together"
+            else:
+                enough = f"{number} hosts are enough: TP {alone.shape.tp} x PP {alone.shape.pp}"
+                way = f"Name {number} hosts only"
             why.append(
-                f"one host is enough: TP {alone.shape.tp} x PP {alone.shape.pp} on {host.name} holds {alone.max_model_len} "
-                f"tokens; over {len(instance.hosts)} hosts each token waits for the network, so that a request takes longer. "
-                "Leave the sizes out for a server on each host, which answer more together"
+                f"{enough} holds {alone.max_model_len} tokens; over {len(instance.hosts)} hosts each token waits "
+                f"{'' if number == 1 else 'longer '}for the network, so that a request takes longer. {way}"
             )
     elif pp > 1:
         why.append(f"PP {pp}: stages exchange far less than TP ranks, and the GPUs' link is {settled['link']}")
@@ -343,14 +349,18 @@ def _why_parallel(task: Task, settled: Mapping[str, Any]) -> list[str]:
     return why
 
 
-def _on_one_host(service: Service, instance: Instance, length: int) -> Need | None:
-    """The first layout, with CUDA graphs, that holds this context on what one of the hosts gives to the service."""
+def _on_fewer_hosts(service: Service, instance: Instance, length: int) -> tuple[int, Need] | None:
+    """The fewest hosts, and the first layout with CUDA graphs on them, that hold this context on what each host gives."""
     place = instance.places[0]
     gpus = [other.gpu.index for other in instance.places if other.host is place.host]
+    room = min(other.total - other.used - other.claimed_beside(instance) for other in instance.places)
     free = replace(service, tp=None, pp=None, dp=None, gpu_count=None, gpu_indices=None)
-    for shape in valid_shapes(free, instance.need.engine, len(gpus), 1, place.host.link(gpus)):
-        if need := Needs().find(free, place.gpu, instance.need.engine, "", length, shape, False, 1.0, False):
-            return need
+    engine, needs = instance.need.engine, Needs()
+    for number in range(1, len(instance.hosts)):
+        for shape in valid_shapes(free, engine, len(gpus), number, place.host.link(gpus)):
+            need = needs.find(free, place.gpu, engine, "", length, shape, False, 1.0, False)
+            if need and need.room <= room and shape.pp % number == 0:
+                return number, need
     return None
 
 

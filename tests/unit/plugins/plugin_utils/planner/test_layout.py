@@ -442,3 +442,18 @@ def test_more_hosts_than_needed_are_slower() -> None:
     large = plan("2x(2x A10)", {"model": "Qwen/Qwen2.5-32B-Instruct", "hosts": ["host1", "host2"], **spread})
     assert large["fits"], large["problems"]
     assert not any("one host is enough" in line for line in large["services"][0]["why"])
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tensor_parallel_size": 2, "pipeline_parallel_size": 3}])
+def test_fewer_hosts_are_named_when_they_are_enough(sizes: dict[str, int]) -> None:
+    asked = {"model": LARGE, "max_model_len": 8192, "hosts": ["host1", "host2", "host3"], **sizes}
+    row = one("3x(2x A10)", **asked)
+    assert row["fits"], row["problems"]
+    (line,) = [line for line in row["why"] if "enough" in line]
+    assert line == (
+        "2 hosts are enough: TP 2 x PP 2 holds 8192 tokens; over 3 hosts each token waits longer for the network, so that "
+        "a request takes longer. Name 2 hosts only"
+    )
+    # Over the two that it names it says nothing more.
+    two = one("3x(2x A10)", **{**asked, "hosts": ["host1", "host2"], **(sizes and {"pipeline_parallel_size": 2})})
+    assert two["fits"] and not [line for line in two["why"] if "enough" in line]
