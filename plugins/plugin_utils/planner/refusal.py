@@ -88,9 +88,7 @@ def _team(task: Task, layout: Layout) -> Team | None:
     if several and service.pp != 1:
         return next(layout.teams(service, hosts, len(hosts)), None)
     best = [
-        max(groups, key=_size)
-        for host in hosts
-        if (groups := by_kind(eligible(service, layout.places[host.name])))
+        max(groups, key=_size) for host in hosts if (groups := by_kind(eligible(service, layout.places[host.name])))
     ]
     # Each host that the user named has to hold a server; of others the best one is enough.
     return Team([(min if several else max)(best, key=_size)])

@@ -291,7 +291,9 @@ def test_stages_that_do_not_go_onto_the_hosts(gpus: str, pp: int, problem: str) 
 def test_a_refusal_does_not_show_that_it_fits() -> None:
     asked = {**OVER_TWO, "hosts": None, "pipeline_parallel_size": 3}
     (problem,) = vllm_plan([asked], gpu_hosts(2, "4x A10"))["problems"]
-    assert problem.startswith("chat: TP 2 x PP 3 fits on GPUs like these, but not on these hosts: each one gets the same")
+    assert problem.startswith(
+        "chat: TP 2 x PP 3 fits on GPUs like these, but not on these hosts: each one gets the same"
+    )
 
 
 def test_the_host_that_cannot_hold_a_server_of_its_own_is_told() -> None:
