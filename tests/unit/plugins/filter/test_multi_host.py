@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from test_host_services import HOSTS, SETTINGS, service
 
 from ansible_collections.baremetal.vllm.plugins.filter.host_services import host_services
+from ansible_collections.baremetal.vllm.plugins.filter.plan_running import plan_running
 from ansible_collections.baremetal.vllm.plugins.filter.vllm_plan import vllm_plan
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.multi_host import kept_home, ray_image, ray_ports, spans
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.hardware import hosts_from_text
 
+ROLE = Path(__file__).parents[4] / "roles" / "vllm"
 PLACES = {
     "one": {"address": "10.0.0.1", "interface": "eth1"},
     "two": {"address": "10.0.0.2", "interface": "ens3"},
@@ -200,7 +203,78 @@ def test_two_clusters_share_no_port() -> None:
 
 def test_all_ports_are_listed_for_a_firewall() -> None:
     ports = ray_service("one")["span"]["firewall_ports"]
-    assert ports[:2] == ["6379", "6380"] and ports[-2:] == ["10002-10201", "32768-60999"]
+    assert ports[:2] == ["6379", "6380"] and ports[-3:] == ["6387", "10002-10201", "32768-60999"]
+    assert on("one", CPU_SERVICE, HOSTS)["span"]["firewall_ports"] == ["29600", "29601", "29602", "32768-60999"]
+
+
+def test_the_all_reduce_has_a_port_that_no_engine_holds() -> None:
+    ranks, ray = on("one", CPU_SERVICE, HOSTS)["span"]["ports"], ray_service("one")["span"]["ports"]
+    assert ranks == {"ranks": 29600, "master": 29601, "allreduce": 29602}
+    assert ray["allreduce"] == 6387
+    assert "ports.allreduce" in (ROLE / "vars" / "main.yml").read_text()
+
+
+def blocks_of(plan: dict[str, Any]) -> dict[str, int]:
+    """First port of the keepers of each service."""
+    return {span["service"]: span["ports"]["ranks"] for span in spans(plan, [])}
+
+
+def files(plan: dict[str, Any]) -> list[dict[str, str]]:
+    return [{f"/etc/vllm/{row['name']}/plan.json": json.dumps(row["record"]) for row in plan["services"]}]
+
+
+def over(name: str, *hosts: str) -> dict[str, Any]:
+    return service(name=name, hosts=list(hosts), tensor_parallel_size=len(hosts), port=8000 + len(name))
+
+
+ONE_TWO_THREE = [{**HOSTS[0], "name": name} for name in ("one", "two", "three")]
+
+
+def test_a_service_keeps_its_ports_when_another_one_goes_or_comes() -> None:
+    both = [over("a", "one", "two"), over("bb", "one", "two")]
+    first = plan_running(both, HOSTS)
+    assert blocks_of(first) == {"a": 29600, "bb": 29610}
+    # The one before it goes; a new one gets what is free, also before it in the list.
+    alone = plan_running(both[1:], HOSTS, files(first))
+    assert blocks_of(alone) == {"bb": 29610}
+    assert blocks_of(plan_running([over("ccc", "one", "two"), *both[1:]], HOSTS, files(alone))) == {
+        "ccc": 29600,
+        "bb": 29610,
+    }
+    # All else of it may be planned anew.
+    again = plan_running([both[0], {**both[1], "max_model_len": 256}], HOSTS, files(first))
+    assert [row["kept"] for row in again["services"]] == [True, False]
+    assert blocks_of(again) == blocks_of(first)
+
+
+def test_a_service_keeps_its_ports_in_a_run_that_is_limited_to_its_hosts() -> None:
+    services = [over("a", "one", "two"), over("bb", "two", "three"), over("ccc", "one", "three")]
+    first = plan_running(services, ONE_TWO_THREE)
+    assert blocks_of(first) == {"a": 29600, "bb": 29610, "ccc": 29620}
+    limited = plan_running(services[1:2], ONE_TWO_THREE[1:], files(first)[0:1])
+    assert blocks_of(limited) == {"bb": 29610}
+    assert blocks_of(plan_running(services, ONE_TWO_THREE, files(first))) == blocks_of(first)
+
+
+def test_services_of_other_hosts_do_not_count() -> None:
+    """A run limited to the second one's hosts does not see the first one, whose ports are free there."""
+    hosts = [{**HOSTS[0], "name": name} for name in ("one", "two", "three", "four")]
+    services = [over("a", "one", "two"), over("bb", "three", "four")]
+    limited = plan_running(services[1:], hosts[2:])
+    assert blocks_of(limited) == {"bb": 29600}
+    assert blocks_of(plan_running(services, hosts, files(limited))) == {"a": 29600, "bb": 29600}
+
+
+@pytest.mark.parametrize("noted", [-1, 10**6, "0", None, 0])
+def test_a_block_that_is_none_or_another_ones_is_not_taken(noted: object) -> None:
+    first = plan_running([over("a", "one", "two"), over("bb", "one", "two")], HOSTS)
+    (kept,) = files(first)
+    path = "/etc/vllm/bb/plan.json"
+    kept[path] = json.dumps({**json.loads(kept[path]), "block": noted})
+    assert blocks_of(plan_running([over("a", "one", "two"), over("bb", "one", "two")], HOSTS, [kept])) == {
+        "a": 29600,
+        "bb": 29610,
+    }
 
 
 @pytest.mark.parametrize(
