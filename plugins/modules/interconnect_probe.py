@@ -89,6 +89,10 @@ interfaces:
   returned: action is look
   type: list
   elements: dict
+ephemeral:
+  description: For V(look), the ports that programs get which ask for none, C(net.ipv4.ip_local_port_range), such as V(32768-60999).
+  returned: action is look
+  type: str
 ports:
   description: TCP and UDP port of the server on each address.
   returned: action is serve
@@ -169,6 +173,10 @@ def ipv6_addresses():
             address = socket.inet_ntop(socket.AF_INET6, bytes(bytearray.fromhex(text)))
             found.setdefault(name, []).append({"address": address, "prefix": int(prefix, 16)})
     return found
+
+
+def ephemeral_ports():
+    return "-".join(read("/proc/sys/net/ipv4/ip_local_port_range").split())
 
 
 def default_interface():
@@ -411,7 +419,7 @@ def main():
     )
     params = module.params
     if params["action"] == "look":
-        module.exit_json(changed=False, interfaces=interfaces(), time=time.time())
+        module.exit_json(changed=False, interfaces=interfaces(), ephemeral=ephemeral_ports(), time=time.time())
     if params["action"] == "serve":
         try:
             ports = serve_in_background(params)

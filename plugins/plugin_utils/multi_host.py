@@ -30,6 +30,8 @@ RAY_FIRST_WORKER_PORT = 10002
 RAY_WORKER_PORTS = 200
 # Beyond it Ray's ports would be those of APIs, from 8000 on.
 MOST_BLOCKS = 80
+# Linux' own; what a host has is read before its firewall is set.
+USUAL_EPHEMERAL = "32768-60999"
 # Names that are kept on the first host: they are secrets that an engine does not need, or they differ between hosts.
 KEPT_HOME = (
     "BAREMETAL_OPEN_PATHS",
@@ -119,11 +121,12 @@ def blocks(services: Sequence[Mapping[str, Any]], kept: Mapping[str, object]) ->
     return found
 
 
-def _firewall_ports(ports: Mapping[str, int]) -> list[str]:
-    """Ports and ranges for a firewall: the pinned ones and Linux' ephemeral range."""
-    pinned = [str(port) for name, port in ports.items() if not name.endswith("_worker")]
+def _firewall_ports(ports: Mapping[str, int], ephemeral: str) -> list[str]:
+    """Ports and ranges for a firewall: the pinned ones, and those that the host gives to programs that ask for none."""
+    first, last = map(int, ephemeral.split("-"))
+    pinned = [str(port) for name, port in ports.items() if not name.endswith("_worker") and not first <= port <= last]
     workers = [f"{ports['min_worker']}-{ports['max_worker']}"] if "min_worker" in ports else []
-    return [*pinned, *workers, "32768-60999"]
+    return [*pinned, *workers, ephemeral]
 
 
 def spans(plan: Mapping[str, Any], order: Sequence[str]) -> list[dict[str, Any]]:
@@ -230,7 +233,7 @@ def spread(
         "address": addresses[host],
         "token_file": token_file,
         "environment": here,
-        "firewall_ports": _firewall_ports(ports),
+        "firewall_ports": _firewall_ports(ports, (network.get(host) or {}).get("ephemeral") or USUAL_EPHEMERAL),
     }
     env = {**here, **service["env"]}
     contained = service["runtime"] == "container"

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 from test_host_services import HOSTS, SETTINGS, service
 
 from ansible_collections.baremetal.vllm.plugins.filter.host_services import host_services
+from ansible_collections.baremetal.vllm.plugins.filter.interconnect import interconnect
 from ansible_collections.baremetal.vllm.plugins.filter.plan_running import plan_running
 from ansible_collections.baremetal.vllm.plugins.filter.vllm_plan import vllm_plan
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.multi_host import kept_home, ray_image, ray_ports, spans
@@ -205,6 +207,38 @@ def test_all_ports_are_listed_for_a_firewall() -> None:
     ports = ray_service("one")["span"]["firewall_ports"]
     assert ports[:2] == ["6379", "6380"] and ports[-3:] == ["6387", "10002-10201", "32768-60999"]
     assert on("one", CPU_SERVICE, HOSTS)["span"]["firewall_ports"] == ["29600", "29601", "29602", "32768-60999"]
+
+
+@pytest.mark.parametrize(
+    "ephemeral, ports",
+    [
+        (
+            "20000-65000",
+            ["6379", "6380", "6381", "6382", "6383", "6384", "6385", "6386", "6387", "10002-10201", "20000-65000"],
+        ),
+        ("1024-65535", ["10002-10201", "1024-65535"]),
+    ],
+)
+def test_the_firewall_follows_the_ephemeral_ports_of_the_host(ephemeral: str, ports: list[str]) -> None:
+    nic = {"name": "eth1", "mtu": 1500, "speed_mbps": None, "physical": True, "default": True}
+    looks = {}
+    for number, name in enumerate(("one", "two", "three"), 1):
+        own = {**nic, "addresses": [{"address": f"10.0.0.{number}", "prefix": 24}]}
+        looks[name] = {"interfaces": [own], "ephemeral": ephemeral if name == "two" else "32768-60999"}
+    network = interconnect([{"service": "chat", "hosts": list(looks)}], looks, {})
+    there = on("two", RAY_SERVICE, gpu_hosts(3), network=network)["span"]["firewall_ports"]
+    assert there == ports
+    assert on("one", RAY_SERVICE, gpu_hosts(3), network=network)["span"]["firewall_ports"][-1] == "32768-60999"
+
+
+def test_the_firewall_leaves_the_api_alone() -> None:
+    environment = jinja2.Environment(trim_blocks=True, autoescape=False)
+    rules = environment.from_string((ROLE / "templates" / "interconnect.nft.j2").read_text()).render(
+        __vllm_firewall_ports=["29600", "1024-65535"], __vllm_firewall_peers={"ip": ["10.0.0.2"]},
+        __vllm_here=[{"port": 8000}, {"port": 8001}],
+    )  # fmt: skip
+    lines = [line.strip() for line in rules.splitlines()]
+    assert lines.index("tcp dport { 8000, 8001 } accept") < lines.index("tcp dport { 29600, 1024-65535 } drop")
 
 
 def test_the_all_reduce_has_a_port_that_no_engine_holds() -> None:

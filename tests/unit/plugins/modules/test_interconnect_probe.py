@@ -31,6 +31,10 @@ def serve(run_module: Run) -> int:
 def test_looks_at_interfaces(run_module: Run) -> None:
     found = run_module(interconnect_probe, action="look")
     assert found["time"] > 1.7e9
+    first, last = (int(number) for number in found["ephemeral"].split("-"))
+    with socket.socket() as sock:
+        sock.bind((HERE, 0))
+        assert first <= sock.getsockname()[1] <= last
     assert all(interface["mtu"] > 0 and interface["name"] != "lo" for interface in found["interfaces"])
     own = [place["address"] for interface in found["interfaces"] for place in interface["addresses"]]
     for address in own:
