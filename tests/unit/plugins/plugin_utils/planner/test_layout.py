@@ -457,3 +457,24 @@ def test_fewer_hosts_are_named_when_they_are_enough(sizes: dict[str, int]) -> No
     # Over the two that it names it says nothing more.
     two = one("3x(2x A10)", **{**asked, "hosts": ["host1", "host2"], **(sizes and {"pipeline_parallel_size": 2})})
     assert two["fits"] and not [line for line in two["why"] if "enough" in line]
+
+
+@pytest.mark.parametrize("number, size, servers", [(1, (2, 1, 1), 1), (2, (2, 1, 1), 2), (3, (2, 1, 1), 3)])
+def test_the_same_service_grows_with_its_hosts(number: int, size: tuple[int, ...], servers: int) -> None:
+    """Its sizes left out: a model that one host holds is served by each."""
+    names = [f"host{n}" for n in range(1, number + 1)]
+    row = one("3x(2x A10)", model="Qwen/Qwen2.5-14B", max_model_len=8192, hosts=names)
+    assert row["fits"], row["problems"]
+    assert [instance["hosts"] for instance in row["instances"]] == [[name] for name in names]
+    assert [sizes(instance) for instance in row["instances"]] == [size] * servers
+
+
+@pytest.mark.parametrize("number, size", [(1, None), (2, (2, 2, 1)), (3, (2, 3, 1))])
+def test_the_same_service_of_a_larger_model_grows_with_its_hosts(number: int, size: tuple[int, ...] | None) -> None:
+    names = [f"host{n}" for n in range(1, number + 1)]
+    row = one("3x(2x A10)", model=LARGE, max_model_len=8192, hosts=names, executor="mp")
+    if size is None:
+        assert "4 such GPUs hold it (TP 4)" in row["problems"], row["problems"]
+        return
+    assert row["fits"], row["problems"]
+    assert (row["hosts"], sizes(row)) == (names, size)
