@@ -316,7 +316,11 @@ def _why_parallel(task: Task, settled: Mapping[str, Any]) -> list[str]:
             why += tp_problems(
                 service.shape, size, engine_version=need.engine.version, quantization=service.quantization
             )[:1]
-        smaller = [size for size in valid_tp(service, need.engine) if size < min(tp * pp, need.shape.world)]
+        # TP does not leave a host: of several, what one of them gives is the most that was tried.
+        most = min(tp * pp, need.shape.world) - 1
+        if len(instance.hosts) > 1:
+            most = tp * pp // len(instance.hosts)
+        smaller = [size for size in valid_tp(service, need.engine) if size <= most]
         if smaller and not instance.widened:
             why.append(f"TP {smaller[-1]} does not hold the weights and a context of {need.max_model_len} tokens")
     if pp > 1 and len(instance.hosts) > 1:

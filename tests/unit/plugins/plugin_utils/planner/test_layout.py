@@ -478,3 +478,7 @@ def test_the_same_service_of_a_larger_model_grows_with_its_hosts(number: int, si
         return
     assert row["fits"], row["problems"]
     assert (row["hosts"], sizes(row)) == (names, size)
+    # TP 4 would hold it, and no host has four.
+    assert [line for line in row["why"] if "does not hold" in line] == [
+        "TP 2 does not hold the weights and a context of 8192 tokens"
+    ]
