@@ -40,8 +40,8 @@ EXAMPLES = r"""
 RETURN = r"""
 _value:
   description:
-    - For each service C(hosts), with C(address), C(interface), C(prefix), C(mtu) and C(speed_mbps) of each host; and
-      C(problems), one line each.
+    - For each service C(hosts), with C(address), C(interface), C(prefix), C(mtu) and C(speed_mbps) of each host and its
+      C(ephemeral) ports; and C(problems), one line each.
   type: dict
 """
 
@@ -70,6 +70,7 @@ def _candidates(look: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "speed_mbps": interface["speed_mbps"],
                     "physical": interface["physical"],
                     "default": interface["default"],
+                    "ephemeral": look["ephemeral"],
                 }
             )
     return found

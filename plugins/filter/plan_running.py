@@ -42,7 +42,8 @@ RETURN = r"""
 _value:
   description:
     - The plan. Each service that fits has a C(record) to keep, with C(name), C(asked) (a fingerprint), C(pins) and
-      C(planned) (what its memory should hold), and C(kept), whether it is the one that was given.
+      C(planned) (what its memory should hold), over several hosts C(block) (which ports it has), and C(kept), whether its
+      numbers are those that were given.
   type: dict
 """
 
@@ -130,11 +131,13 @@ def _with_tolerance(host: dict[str, Any]) -> dict[str, Any]:
 def plan_running(
     services: list[dict[str, Any]], hosts: list[dict[str, Any]], records: list[dict[str, str]] | None = None
 ) -> dict[str, Any]:
+    from ansible_collections.baremetal.vllm.plugins.plugin_utils.multi_host import blocks
     from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.plan import make_plan
 
     try:
         asked = {service["name"]: fingerprint(service, hosts) for service in services}
-        kept = {name: record for name, record in _read(records or []).items() if asked.get(name) == record["asked"]}
+        known = _read(records or [])
+        kept = {name: record for name, record in known.items() if asked.get(name) == record["asked"]}
         plan = None
         if kept:
             pinned = [
@@ -152,6 +155,10 @@ def plan_running(
         name = row["name"]
         row["kept"] = name in kept
         row["record"] = kept.get(name) or (record_of(row, asked[name]) if row["instances"] else None)
+    # Ports stay even where all else is planned anew: other services of the same hosts have theirs beside them.
+    for name, number in blocks(plan["services"], {name: record.get("block") for name, record in known.items()}).items():
+        row = next(row for row in plan["services"] if row["name"] == name)
+        row["record"] = {**(row["record"] or {}), "block": number}
     return plan
 
 

@@ -57,7 +57,7 @@ EXAMPLES = r"""
   baremetal.vllm.interconnect_firewall:
     manager: ufw
     addresses: [10.0.0.11, 10.0.0.12]
-    ports: [6379-6386, 10002-10201, 32768-60999]
+    ports: [6379-6387, 10002-10201, 32768-60999]
 """
 
 RETURN = r"""

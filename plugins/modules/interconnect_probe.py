@@ -89,6 +89,10 @@ interfaces:
   returned: action is look
   type: list
   elements: dict
+ephemeral:
+  description: For V(look), the ports that programs get which ask for none, C(net.ipv4.ip_local_port_range), such as V(32768-60999).
+  returned: action is look
+  type: str
 ports:
   description: TCP and UDP port of the server on each address.
   returned: action is serve
@@ -107,9 +111,7 @@ ways:
   elements: dict
 """
 
-import ctypes
 import errno
-import fcntl
 import hashlib
 import hmac
 import json
@@ -122,8 +124,10 @@ import time
 
 from ansible.module_utils.basic import AnsibleModule
 
-SIOCGIFCONF = 0x8912  # linux/sockios.h
-SIOCGIFNETMASK = 0x891B
+NETLINK_ROUTE = 0  # linux/netlink.h
+NLMSG_ERROR, NLMSG_DONE, NLM_F_DUMP_REQUEST = 2, 3, 0x301
+RTM_GETADDR = 22  # linux/rtnetlink.h
+IFA_ADDRESS, IFA_LOCAL = 1, 2  # linux/if_addr.h
 IP_MTU_DISCOVER = 10  # linux/in.h
 IP_PMTUDISC_DO = 2
 IPV6_MTU_DISCOVER = 23
@@ -145,20 +149,42 @@ def read(path):
 
 
 def ipv4_addresses():
-    """Interface -> [(address, prefix)], by ioctl, as `ip` is not everywhere."""
+    """Interface -> addresses with their prefixes, by rtnetlink, as `ip` is not everywhere and an ioctl tells one address a name."""
     found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        size = 40 * 256
-        buffer = bytearray(size)
-        place = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-        length = struct.unpack("iL", fcntl.ioctl(sock.fileno(), SIOCGIFCONF, struct.pack("iL", size, place)))[0]
-        for offset in range(0, length, 40):
-            name = bytes(buffer[offset : offset + 16]).split(b"\0", 1)[0]
-            address = socket.inet_ntoa(bytes(buffer[offset + 20 : offset + 24]))
-            mask = fcntl.ioctl(sock.fileno(), SIOCGIFNETMASK, struct.pack("16s24x", name))[20:24]
-            prefix = bin(struct.unpack("!I", mask)[0]).count("1")
-            found.setdefault(name.decode().split(":")[0], []).append({"address": address, "prefix": prefix})
-    return found
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_ROUTE) as sock:
+        # struct nlmsghdr, and struct ifaddrmsg of a request for all IPv4 addresses
+        request = struct.pack("=BBBBI", socket.AF_INET, 0, 0, 0, 0)
+        sock.sendto(struct.pack("=IHHII", 16 + len(request), RTM_GETADDR, NLM_F_DUMP_REQUEST, 1, 0) + request, (0, 0))
+        while True:
+            data = sock.recv(1 << 16)
+            while data:
+                length, kind = struct.unpack_from("=IH", data)
+                if kind == NLMSG_ERROR:
+                    raise OSError(-struct.unpack_from("=i", data, 16)[0], "the kernel does not list the addresses")
+                if kind == NLMSG_DONE:
+                    return found
+                address_of(data[16:length], found)
+                data = data[padded(length) :]
+
+
+def address_of(message, found):
+    """Adds the address of one struct ifaddrmsg with its attributes."""
+    dummy, prefix, dummy, dummy, index = struct.unpack_from("=BBBBI", message)
+    place, parts = 8, {}
+    while place < len(message):
+        length, kind = struct.unpack_from("=HH", message, place)
+        parts[kind] = message[place + 4 : place + length]
+        place += padded(length)
+    # IFA_ADDRESS is the other end's where the interface has two ends; IFA_LOCAL is always this host's.
+    address = parts.get(IFA_LOCAL, parts.get(IFA_ADDRESS))
+    if address:
+        item = {"address": socket.inet_ntoa(address), "prefix": prefix}
+        found.setdefault(socket.if_indextoname(index), []).append(item)
+
+
+def padded(length):
+    """Netlink starts everything at a multiple of four bytes."""
+    return (length + 3) & ~3
 
 
 def ipv6_addresses():
@@ -169,6 +195,10 @@ def ipv6_addresses():
             address = socket.inet_ntop(socket.AF_INET6, bytes(bytearray.fromhex(text)))
             found.setdefault(name, []).append({"address": address, "prefix": int(prefix, 16)})
     return found
+
+
+def ephemeral_ports():
+    return "-".join(read("/proc/sys/net/ipv4/ip_local_port_range").split())
 
 
 def default_interface():
@@ -411,7 +441,7 @@ def main():
     )
     params = module.params
     if params["action"] == "look":
-        module.exit_json(changed=False, interfaces=interfaces(), time=time.time())
+        module.exit_json(changed=False, interfaces=interfaces(), ephemeral=ephemeral_ports(), time=time.time())
     if params["action"] == "serve":
         try:
             ports = serve_in_background(params)

@@ -15,11 +15,12 @@ node by shared memory and by process ids.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
 from .planner.settle import node_arguments
 
-# Of one service that spans hosts; the next one has the next block. Below the ephemeral ports, beside vLLM's own 29500.
+# Of one service that spans hosts; the next one of the same hosts has the next block. Below the ephemeral ports, beside vLLM's own 29500.
 FIRST_PORT = 29600
 BLOCK = 10
 # Ray's: its usual port for the cluster's state (GCS), and workers below the ephemeral ports.
@@ -27,6 +28,10 @@ RAY_FIRST_PORT = 6379
 RAY_BLOCK = 20
 RAY_FIRST_WORKER_PORT = 10002
 RAY_WORKER_PORTS = 200
+# Beyond it Ray's ports would be those of APIs, from 8000 on.
+MOST_BLOCKS = 80
+# Linux' own; what a host has is read before its firewall is set.
+USUAL_EPHEMERAL = "32768-60999"
 # Names that are kept on the first host: they are secrets that an engine does not need, or they differ between hosts.
 KEPT_HOME = (
     "BAREMETAL_OPEN_PATHS",
@@ -69,6 +74,7 @@ def ray_ports(number: int) -> dict[str, int]:
         "runtime_env_agent",
         "metrics_export",
         "client_server",
+        "allreduce",
     )
     first = RAY_FIRST_WORKER_PORT + RAY_WORKER_PORTS * number
     return {
@@ -78,11 +84,49 @@ def ray_ports(number: int) -> dict[str, int]:
     }
 
 
-def _firewall_ports(ports: Mapping[str, int]) -> list[str]:
-    """Ports and ranges for a firewall: the pinned ones and Linux' ephemeral range."""
-    pinned = [str(port) for name, port in ports.items() if not name.endswith("_worker")]
+def rank_ports(number: int) -> dict[str, int]:
+    """The same of executor ``mp``. The all-reduce before a start has a port of its own: ``master`` is held by a rank that runs."""
+    first = FIRST_PORT + BLOCK * number
+    return {"ranks": first, "master": first + 1, "allreduce": first + 2}
+
+
+def blocks(services: Sequence[Mapping[str, Any]], kept: Mapping[str, object]) -> dict[str, int]:
+    """Which block of ports each service over several hosts has: what it has had, else the first that is free on its hosts.
+
+    Blocks follow neither from the order of the services nor from which of them are in a run: a service whose ports change has
+    to start anew.
+
+    Args:
+        services: those of a plan.
+        kept: blocks of earlier runs by the name of the service; what is none is passed over.
+    """
+    hosts = {
+        service["name"]: set(instance["hosts"])
+        for service in services
+        for instance in service["instances"]
+        if len(instance["hosts"]) > 1
+    }
+    found: dict[str, int] = {}
+
+    def taken(name: str) -> set[int]:
+        return {number for other, number in found.items() if hosts[other] & hosts[name]}
+
+    for name in hosts:
+        number = kept.get(name)
+        if isinstance(number, int) and 0 <= number < MOST_BLOCKS and number not in taken(name):
+            found[name] = number
+    for name in hosts:
+        if name not in found:
+            found[name] = next(number for number in count() if number not in taken(name))
+    return found
+
+
+def _firewall_ports(ports: Mapping[str, int], ephemeral: str) -> list[str]:
+    """Ports and ranges for a firewall: the pinned ones, and those that the host gives to programs that ask for none."""
+    first, last = map(int, ephemeral.split("-"))
+    pinned = [str(port) for name, port in ports.items() if not name.endswith("_worker") and not first <= port <= last]
     workers = [f"{ports['min_worker']}-{ports['max_worker']}"] if "min_worker" in ports else []
-    return [*pinned, *workers, "32768-60999"]
+    return [*pinned, *workers, ephemeral]
 
 
 def spans(plan: Mapping[str, Any], order: Sequence[str]) -> list[dict[str, Any]]:
@@ -93,15 +137,14 @@ def spans(plan: Mapping[str, Any], order: Sequence[str]) -> list[dict[str, Any]]
         order: names of all hosts, in the order of the inventory.
     """
     found: list[dict[str, Any]] = []
-    counts = {"mp": 0, "ray": 0}
+    kept = {service["name"]: (service.get("record") or {}).get("block") for service in plan["services"]}
+    numbers = blocks(plan["services"], kept)
     for service in plan["services"]:
         for instance in service["instances"]:
             if len(instance["hosts"]) < 2:
                 continue
             executor = instance["executor"]
-            number = counts[executor]
-            counts[executor] += 1
-            first = FIRST_PORT + BLOCK * number
+            number = numbers[service["name"]]
             found.append(
                 {
                     "service": service["name"],
@@ -113,7 +156,7 @@ def spans(plan: Mapping[str, Any], order: Sequence[str]) -> list[dict[str, Any]]
                     "ranks_a_host": instance["tensor_parallel_size"]
                     * instance["pipeline_parallel_size"]
                     // len(instance["hosts"]),
-                    "ports": {"ranks": first, "master": first + 1} if executor == "mp" else ray_ports(number),
+                    "ports": rank_ports(number) if executor == "mp" else ray_ports(number),
                 }
             )
     return found
@@ -190,7 +233,7 @@ def spread(
         "address": addresses[host],
         "token_file": token_file,
         "environment": here,
-        "firewall_ports": _firewall_ports(ports),
+        "firewall_ports": _firewall_ports(ports, (network.get(host) or {}).get("ephemeral") or USUAL_EPHEMERAL),
     }
     env = {**here, **service["env"]}
     contained = service["runtime"] == "container"

@@ -125,12 +125,12 @@ def test_engines_that_cannot_compute_together_are_named_within_a_minute(site: Si
     """The network lets the measurement through and drops what the engines' library sends: as a firewall for ports does."""
     drop = (
         "command -v nft >/dev/null || (apt-get -qq update && apt-get -qq install nftables); "
-        "nft 'table inet test { chain input { type filter hook input priority 0; tcp dport 29601 drop; }; }'"
+        "nft 'table inet test { chain input { type filter hook input priority 0; tcp dport 29602 drop; }; }'"
     )
     with fault(site, ONE, drop, "nft delete table inet test"):
         began = time.monotonic()
         text = said(site, hosts=2, vllm_interconnect_timeout=20)
         seconds = time.monotonic() - began
     assert re.search(rf"{ONE}.*{TWO}", text)
-    assert "29601" in text or "cannot" in text, text[-1500:]
+    assert "29602" in text or "cannot" in text, text[-1500:]
     print({"figure": "hang of the all-reduce named", "seconds of the run": round(seconds, 1)})

@@ -161,20 +161,32 @@ def build_for(
                 if suffix and driver is not None:
                     remarks.append(f"image with CUDA 12.9: driver {driver} is too old for CUDA {engine.cuda}")
                 if not full:
+                    jit = _jit_compiled(capability)
                     remarks.append(
                         f"driver {driver} is older than the {cuda['own_driver']} that its CUDA came with: it runs by "
-                        "minor-version compatibility, but code that is compiled at run time may be refused"
-                    )
+                        "minor-version compatibility, "
+                        + ("but parts that the driver compiles at run time may be refused" if jit else
+                           f"and all parts have machine code for compute capability {show(capability)}")
+                    )  # fmt: skip
                 return suffix, [], remarks
             if not full and problem not in problems:
                 problems.append(problem)
     return "", problems, []
 
 
-def is_tolerated(engine: Engine, suffix: str, driver: str | None) -> bool:
-    """The driver is older than the one that the build's CUDA came with."""
-    row = load("engines")["cuda"]["12.9" if suffix else engine.cuda]
-    return driver is not None and not at_least(driver, row["own_driver"])
+def _jit_compiled(capability: Capability) -> bool:
+    """The driver itself compiles parts of the builds for this GPU, which it can only if it is as new as their CUDA."""
+    return capability >= parse_capability(load("engines")["jit_compiled_from"])
+
+
+def is_risky(
+    engine: Engine, suffix: str, capability: Capability, gpu_name: str, driver: str | None, container: bool
+) -> bool:
+    """The driver is older than the build's CUDA, and may refuse to compile parts of it or not let its image start."""
+    table = load("engines")
+    unlisted = container and any(brand in gpu_name.lower() for brand in table["old_drivers_refused"])
+    old = driver is not None and not at_least(driver, table["cuda"]["12.9" if suffix else engine.cuda]["own_driver"])
+    return old and (unlisted or _jit_compiled(capability))
 
 
 def architecture_problem(engine: Engine, architecture: str) -> str | None:

@@ -219,7 +219,7 @@ def _least_weights_gib(service: Service) -> float:
 def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engine | None, str, list[str], list[str]]:
     """The release that the user set, or the default one, or else the newest that can serve this model on this GPU.
 
-    One that the driver supports in full comes before one that it merely tolerates.
+    One that can divide the model as the user wants comes before others, and then one that the driver runs for certain.
     """
     container = service.runtime == "container"
     driver = None if service.image else driver
@@ -243,12 +243,37 @@ def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engi
     # No release helps against a GPU that cannot run the weights.
     if problem := engines.quantization_problem(service.quantization or service.shape.quantization, gpu.capability):
         return None, "", [problem], []
+    dividing = [each for each in able if not _undividable(service, each[0])] or able
     engine, suffix, remarks = next(
-        (each for each in able if not engines.is_tolerated(each[0], each[1], driver)), able[0]
+        (
+            (engine, suffix, remarks)
+            for engine, suffix, remarks in dividing
+            if not engines.is_risky(engine, suffix, gpu.capability, gpu.name, driver, container)
+        ),
+        dividing[0],
     )
-    if engine is not able[0][0]:
+    if dividing[0] is not able[0]:
+        remarks = [*remarks, f"not vLLM {able[0][0].version}: {_undividable(service, able[0][0])}"]
+    if engine is not dividing[0][0]:
         remarks = [f"vLLM {engine.version}: the newest that driver {driver} supports in full; a newer one allows more"]
     return engine, suffix, [], remarks
+
+
+def _undividable(service: Service, engine: Engine) -> str | None:
+    """Why a release cannot divide the model as the user wants, or None."""
+    several = service.hosts is not None and len(service.hosts) > 1
+    if several and (problem := spanning_problem(engine, service.executor)):
+        return problem
+    # Several hosts are several stages, unless each of them holds a server of its own.
+    stages = service.pp or (2 if several else 1)
+    return next(iter(pp_problems(service.shape, stages, engine_version=engine.version)), None)
+
+
+def spanning_problem(engine: Engine, executor: str | None) -> str | None:
+    """Why an executor cannot work over several hosts, or None."""
+    if executor == "mp" and not engine.mp_nodes:
+        return f"executor mp does not span hosts in vLLM {engine.version}: use ray, or a release from 0.11.1 on"
+    return None
 
 
 def batches(service: Service, gpu: Gpu, engine: Engine, length: int) -> Iterator[tuple[int, int]]:
@@ -437,6 +462,41 @@ def by_kind(places: Iterable[Place]) -> list[list[Place]]:
 LINKS = {"none": 0, "nvlink": 0, "p2p": 1, "pcie": 2}
 
 
+@dataclass(frozen=True)
+class Team:
+    """Equal GPUs of hosts that could work for one server. What they have in common is what the least of them has."""
+
+    groups: Sequence[list[Place]]
+
+    @property
+    def gpu(self) -> Gpu:
+        return self.groups[0][0].gpu
+
+    @property
+    def hosts(self) -> list[Host]:
+        return [group[0].host for group in self.groups]
+
+    @property
+    def count(self) -> int:
+        """GPUs that every host has. Slices do not work together."""
+        return 1 if self.gpu.mig else min(map(len, self.groups))
+
+    @property
+    def link(self) -> str:
+        links = [group[0].host.link(place.gpu.index for place in group) for group in self.groups]
+        return max(links, key=lambda name: LINKS[name])
+
+    @property
+    def driver(self) -> str | None:
+        return oldest_driver(self.hosts)
+
+
+def oldest_driver(hosts: Iterable[Host]) -> str | None:
+    """The driver that decides which release all of these hosts can run; one that is still to be installed can be any."""
+    known = [host.driver_version for host in hosts if host.driver_version]
+    return min(known, key=engines.version_key, default=None)
+
+
 def _pick(places: Sequence[Place], count: int, need: Need) -> list[Place] | None:
     """The best ``count`` of these equal GPUs with room for the need, or None."""
     able = [place for place in places if place.free >= need.room + (0.0 if place.idle else need.held)]
@@ -487,17 +547,13 @@ class Layout:
 
     # -- needs in the order in which they are wanted
 
-    def _variants(
-        self, service: Service, group: Sequence[Place], hosts: int, length: int, eager: bool
-    ) -> Iterator[Need]:
-        """Needs of a service on a group of equal GPUs of one host (and ``hosts`` such hosts)."""
-        gpu, host = group[0].gpu, group[0].host
-        engine, tag, _, _ = self.needs.engine(service, gpu, host.driver_version)
+    def _variants(self, service: Service, team: Team, hosts: int, length: int, eager: bool) -> Iterator[Need]:
+        """Needs of a service on ``hosts`` hosts of a team."""
+        gpu = team.gpu
+        engine, tag, _, _ = self.needs.engine(service, gpu, team.driver)
         if engine is None:
             return
-        count = 1 if gpu.mig else len(group)
-        link = host.link(place.gpu.index for place in group)
-        shapes = valid_shapes(service, engine, count, 1 if gpu.mig else hosts, link)
+        shapes = valid_shapes(service, engine, team.count, 1 if gpu.mig else hosts, team.link)
         limits = (1.0,) if service.utilization else (engine.gpu_memory_utilization, 1.0)
         for shape in shapes:
             for most in limits:
@@ -550,18 +606,37 @@ class Layout:
         return []
 
     def _groups(self, service: Service, hosts: Sequence[Host]) -> list[list[list[Place]]]:
-        """Groups of equal GPUs of these hosts, sorted by what decides a need: kind, number, link and driver."""
+        """Groups of equal GPUs of these hosts, sorted by what decides a need: kind, release, number and link."""
         classes: dict[tuple[Any, ...], list[list[Place]]] = {}
         for host in hosts:
             for group in by_kind(eligible(service, self.places[host.name])):
-                link = host.link(place.gpu.index for place in group)
-                classes.setdefault((group[0].gpu.kind, len(group), link, host.driver_version), []).append(group)
+                gpu, link = group[0].gpu, host.link(place.gpu.index for place in group)
+                engine, tag, _, _ = self.needs.engine(service, gpu, host.driver_version)
+                classes.setdefault((gpu.kind, engine, tag, len(group), link), []).append(group)
         return list(classes.values())
+
+    def teams(self, service: Service, hosts: Sequence[Host], exactly: int | None) -> Iterator[Team]:
+        """Hosts that could work together: all of those that the user named, or the most alike ones first."""
+        kinds: dict[tuple[Any, ...], list[list[list[Place]]]] = {}
+        for groups in self._groups(service, hosts):
+            kinds.setdefault(groups[0][0].gpu.kind, []).append(groups)
+        for classes in kinds.values():
+            whole = [group for groups in classes for group in groups]
+            order = {host.name: number for number, host in enumerate(hosts)}
+            whole.sort(key=lambda group: order[group[0].host.name])
+            if exactly is None:
+                yield from (Team(groups) for groups in classes)
+                if len(classes) == 1:
+                    continue
+                for least in sorted({len(group) for group in whole}, reverse=True):
+                    yield Team([group for group in whole if len(group) >= least])
+            elif len(whole) == exactly:
+                yield Team(whole)
 
     def _on_one_host(self, service: Service, hosts: Sequence[Host], length: int, eager: bool) -> Instance | None:
         def ordered(groups: list[list[Place]]) -> Iterator[tuple[tuple[Any, ...], Need, list[list[Place]]]]:
             """The wanted order of one kind of GPU; among kinds: the fewest GPUs, then the smallest memory."""
-            for number, need in enumerate(self._variants(service, groups[0], 1, length, eager)):
+            for number, need in enumerate(self._variants(service, Team(groups), 1, length, eager)):
                 yield (number, need.shape.world, need.visible), need, groups
 
         classes = [ordered(groups) for groups in self._groups(service, hosts)]
@@ -578,15 +653,15 @@ class Layout:
         self, service: Service, hosts: Sequence[Host], length: int, eager: bool, exactly: int | None
     ) -> Instance | None:
         """One instance whose pipeline stages span hosts: TP inside each."""
-        for groups in self._groups(service, hosts):
-            if len(groups) < (exactly or 2):
+        for team in self.teams(service, hosts, exactly):
+            if len(team.groups) < 2:
                 continue
-            for need in self._variants(service, groups[0], len(groups), length, eager):
+            for need in self._variants(service, team, len(team.groups), length, eager):
                 tp, pp, dp = need.shape
-                span = exactly or math.ceil(pp / (len(groups[0]) // tp))
+                span = exactly or math.ceil(pp / (team.count // tp))
                 if dp > 1 or span < 2 or pp % span:
                     continue
-                parts = [part for group in groups if (part := _pick(group, tp * pp // span, need))]
+                parts = [part for group in team.groups if (part := _pick(group, tp * pp // span, need))]
                 if len(parts) >= span:
                     return Instance(need, [place for part in parts[:span] for place in part], need.shape)
         return None

@@ -901,15 +901,21 @@ def lowest_utilization(shape: ModelShape, *, concurrency: float = 1.0, **argumen
         plan = engine_memory(shape, gpu_memory_utilization=thousandths / 1000, **arguments)
         return plan.fits and (not plan.kv_needed_gib or plan.max_concurrency >= wanted)
 
-    # More utilization gives more cache until the GPU has no more: start from arithmetic, end with the real answer.
-    plan = engine_memory(shape, gpu_memory_utilization=1.0, **arguments)
-    if not plan.kv_needed_gib and not plan.weights_gib:
-        return None
-    spent = plan.requested_gib - plan.kv_cache_gib + wanted * plan.kv_needed_gib
-    if not plan.kv_needed_gib:
-        spent = plan.weights_gib + plan.activation_gib + plan.non_torch_gib + plan.cuda_graph_gib
-    start = math.ceil(spent / plan.requested_gib * 1000)
-    for thousandths in range(max(1, start - 1), min(1000, start + 4) + 1):
-        if enough(thousandths):
-            return thousandths / 1000
+    # More utilization gives more cache until the GPU has no more: start from arithmetic, end with the real answer. Which
+    # pipeline stage decides depends on the utilization, so that the arithmetic may have to be done again where it ended.
+    place = 1000
+    for _ in range(arguments.get("pipeline_parallel_size", 1)):
+        plan = engine_memory(shape, gpu_memory_utilization=place / 1000, **arguments)
+        if not plan.kv_needed_gib and not plan.weights_gib:
+            return None
+        spent = plan.requested_gib - plan.kv_cache_gib + wanted * plan.kv_needed_gib
+        if not plan.kv_needed_gib:
+            spent = plan.weights_gib + plan.activation_gib + plan.non_torch_gib + plan.cuda_graph_gib
+        start = math.ceil(spent / plan.requested_gib * place)
+        for thousandths in range(max(1, start - 1), min(1000, start + 4) + 1):
+            if enough(thousandths):
+                return thousandths / 1000
+        if not 1 <= start < 1000 or start == place:
+            break
+        place = start
     return None

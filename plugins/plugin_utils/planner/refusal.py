@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from . import engine as engines
 from .engine import Engine
-from .hardware import Gpu
+from .hardware import Gpu, Host
 from .layout import (
     MIB,
     Layout,
@@ -19,6 +19,7 @@ from .layout import (
     Place,
     Shape,
     Task,
+    Team,
     batches,
     by_kind,
     eligible,
@@ -45,9 +46,11 @@ def refuse(task: Task, layout: Layout) -> list[str]:
     if not groups:
         wanted = f" with index {', '.join(map(str, service.gpu_indices))}" if service.gpu_indices else ""
         return [f"there is no GPU{wanted} on {', '.join(host.name for host in hosts)}"]
-    group = max(groups, key=lambda group: (len(group) * group[0].total, -group[0].gpu.index))
-    gpu, host = group[0].gpu, group[0].host
-    engine, _, problems, _ = layout.needs.engine(service, gpu, host.driver_version)
+    team = _team(task, layout)
+    if team is None:
+        return [_unlike(hosts, groups)]
+    gpu = team.gpu
+    engine, _, problems, _ = layout.needs.engine(service, gpu, team.driver)
     if engine is None:
         return problems
     valid = valid_tp(service, engine, bool(service.expert_parallel))
@@ -72,15 +75,70 @@ def refuse(task: Task, layout: Layout) -> list[str]:
         return [
             f"{asked} GPUs are asked for and {total} of one kind are there ({gpu.name}, {gpu.memory_total_mib} MiB)"
         ]
-    return _too_little(service, group, engine, total)
+    if service.hosts is not None and (problem := _uneven(service, team)):
+        return [problem]
+    return _too_little(service, team, engine, total)
 
 
-def _too_little(service: Service, group: Sequence[Place], engine: Engine, total: int) -> list[str]:
+def _team(task: Task, layout: Layout) -> Team | None:
+    """The GPUs that a refusal is about; None when the hosts that the user named have none that could work together."""
+    service = task.service
+    hosts = layout.allowed(service)
+    several = service.hosts is not None and len(hosts) > 1
+    if several and service.pp != 1:
+        return next(layout.teams(service, hosts, len(hosts)), None)
+    best = [
+        max(groups, key=_size) for host in hosts if (groups := by_kind(eligible(service, layout.places[host.name])))
+    ]
+    # Each host that the user named has to hold a server; of others the best one is enough.
+    return Team([(min if several else max)(best, key=_size)])
+
+
+def _size(group: Sequence[Place]) -> tuple[float, int]:
+    return len(group) * group[0].total, -group[0].gpu.index
+
+
+def _unlike(hosts: Sequence[Host], groups: Sequence[Sequence[Place]]) -> str:
+    """Why hosts cannot work together: what each of them has."""
+    has = {
+        host.name: " and ".join(
+            f"{len(group)} {group[0].gpu.name} ({group[0].gpu.memory_total_mib} MiB)"
+            for group in groups
+            if group[0].host is host
+        )
+        for host in hosts
+    }
+    return (
+        "the GPUs of one server are alike, and the hosts have no kind in common: "
+        + "; ".join(f"{name} has {what or 'none'}" for name, what in has.items())
+        + ". Name hosts with equal GPUs, or make a service for each kind"
+    )
+
+
+def _uneven(service: Service, team: Team) -> str | None:
+    """Why stages cannot be divided among the hosts that the user named, each of which gets as many."""
+    tp, pp, number = service.tp or 1, service.pp or 1, len(team.groups)
+    stages = team.count // tp
+    if number < 2 or not stages or pp <= stages:
+        return None
+    text = f"TP {tp} x PP {pp} does not go onto {number} hosts: "
+    possible = ", ".join(str(number * each) for each in range(1, stages + 1))
+    if pp % number:
+        text += "each gets the same number of stages"
+    elif pp // number > stages:
+        least = min(team.groups, key=len)
+        text += f"{least[0].host.name} has {len(least)} GPUs, and {pp // number} stages take {tp * pp // number}"
+    else:
+        return None
+    return f"{text}. Set pipeline_parallel_size {possible}, or name other hosts"
+
+
+def _too_little(service: Service, team: Team, engine: Engine, total: int) -> list[str]:
     """The arithmetic of the layout that comes nearest, and what would help."""
-    gpu, host = group[0].gpu, group[0].host
-    count = 1 if gpu.mig else len(group)
-    link = host.link(place.gpu.index for place in group)
-    shapes = valid_shapes(service, engine, count, max(1, total // len(group)), link)
+    gpu, count, link = team.gpu, team.count, team.link
+    group = [place for part in team.groups for place in part]
+    hosts = len(team.groups) if len(team.groups) > 1 else max(1, total // len(group))
+    shapes = valid_shapes(service, engine, count, hosts, link)
     if not shapes:
         sizes = [tp for tp in valid_tp(service, engine) if tp <= count]
         if service.tp and service.tp > count and sizes and service.tp % sizes[-1] == 0:
@@ -96,7 +154,14 @@ def _too_little(service: Service, group: Sequence[Place], engine: Engine, total:
     shape = max(shapes, key=lambda shape: shape.world)
     length = service.max_model_len or min(usual_lengths(service)[0], SHORT_CONTEXT)
     tokens, seqs = list(batches(service, gpu, engine, length))[-1]
-    arguments = memory_arguments(service, gpu, engine, shape, service.enforce_eager is not False, tokens, seqs)
+    eager = service.enforce_eager is not False
+    need = Needs().find(service, gpu, engine, "", length, shape, eager, 1.0, True)
+    if need and all(place.free >= need.room for place in group):
+        return [
+            f"{words(shape)} fits on GPUs like these, but not on these hosts: each one gets the same number of stages, "
+            f"at most {count // shape.tp} of them. Set pipeline_parallel_size to another number, or leave it out"
+        ]
+    arguments = memory_arguments(service, gpu, engine, shape, eager, tokens, seqs)
     # What those who are there already claim, with all that their allocators keep, may be more than there is.
     free, total_gib = max(0.0, min(place.free for place in group)), group[0].total
     arguments["gpu_memory_used_mib"] = max(0.0, total_gib - free) * MIB

@@ -22,6 +22,8 @@ from .layout import (
     batches,
     dtype_for,
     memory_arguments,
+    oldest_driver,
+    spanning_problem,
     spreads_experts,
     valid_shapes,
     valid_tp,
@@ -121,10 +123,8 @@ def _executor(task: Task, instance: Instance) -> str:
     service, need = task.service, instance.need
     if len(instance.hosts) > 1:
         executor = service.executor or "ray"
-        if executor == "mp" and not need.engine.mp_nodes:
-            task.problems.append(
-                f"executor mp does not span hosts in vLLM {need.engine.version}: use ray, or a release from 0.11.1 on"
-            )
+        if problem := spanning_problem(need.engine, executor):
+            task.problems.append(problem)
         return executor
     if service.executor:
         if service.executor not in need.engine.executors:
@@ -281,7 +281,10 @@ def explain(task: Task, layout: Layout, settled: Mapping[str, Any]) -> list[str]
     service, instance = task.service, task.instances[0]
     need, gpu, host = instance.need, instance.places[0].gpu, instance.places[0].host
     why = [f"shape from {service.config_from} (confidence {service.shape.confidence})", *service.shape.notes]
-    why += layout.needs.engine(service, gpu, host.driver_version)[3]
+    driver = oldest_driver(instance.hosts)
+    why += layout.needs.engine(service, gpu, driver)[3]
+    if len({host.driver_version for host in instance.hosts}) > 1:
+        why.append(f"the hosts' drivers differ: the oldest, {driver}, decides which release all of them run")
     if not service.engine and need.engine.version == load("engines")["default_version"]["cuda"]:
         why.append(f"vLLM {need.engine.version}: the newest release whose memory was measured for this planner")
     why += host.notes
@@ -313,17 +316,27 @@ def _why_parallel(task: Task, settled: Mapping[str, Any]) -> list[str]:
             why += tp_problems(
                 service.shape, size, engine_version=need.engine.version, quantization=service.quantization
             )[:1]
-        smaller = [size for size in valid_tp(service, need.engine) if size < min(tp * pp, need.shape.world)]
+        # TP does not leave a host: of several, what one of them gives is the most that was tried.
+        most = min(tp * pp, need.shape.world) - 1
+        if len(instance.hosts) > 1:
+            most = tp * pp // len(instance.hosts)
+        smaller = [size for size in valid_tp(service, need.engine) if size <= most]
         if smaller and not instance.widened:
             why.append(f"TP {smaller[-1]} does not hold the weights and a context of {need.max_model_len} tokens")
     if pp > 1 and len(instance.hosts) > 1:
         speed = f" ({host.network_mbps} Mb/s)" if host.network_mbps else ""
         why.append(f"PP {pp}: TP inside a host, stages between hosts, which exchange far less{speed}")
-        if alone := _on_one_host(service, instance, settled["max_model_len"]):
+        if fewer := _on_fewer_hosts(service, instance, settled["max_model_len"]):
+            number, alone = fewer
+            if number == 1:
+                enough = f"one host is enough: TP {alone.shape.tp} x PP {alone.shape.pp} on {host.name}"
+                way = "Leave the sizes out for a server on each host, which answer more together"
+            else:
+                enough = f"{number} hosts are enough: TP {alone.shape.tp} x PP {alone.shape.pp}"
+                way = f"Name {number} hosts only"
             why.append(
-                f"one host is enough: TP {alone.shape.tp} x PP {alone.shape.pp} on {host.name} holds {alone.max_model_len} "
-                f"tokens; over {len(instance.hosts)} hosts each token waits for the network, so that a request takes longer. "
-                "Leave the sizes out for a server on each host, which answer more together"
+                f"{enough} holds {alone.max_model_len} tokens; over {len(instance.hosts)} hosts each token waits "
+                f"{'' if number == 1 else 'longer '}for the network, so that a request takes longer. {way}"
             )
     elif pp > 1:
         why.append(f"PP {pp}: stages exchange far less than TP ranks, and the GPUs' link is {settled['link']}")
@@ -340,14 +353,18 @@ def _why_parallel(task: Task, settled: Mapping[str, Any]) -> list[str]:
     return why
 
 
-def _on_one_host(service: Service, instance: Instance, length: int) -> Need | None:
-    """The first layout, with CUDA graphs, that holds this context on what one of the hosts gives to the service."""
+def _on_fewer_hosts(service: Service, instance: Instance, length: int) -> tuple[int, Need] | None:
+    """The fewest hosts, and the first layout with CUDA graphs on them, that hold this context on what each host gives."""
     place = instance.places[0]
     gpus = [other.gpu.index for other in instance.places if other.host is place.host]
+    room = min(other.total - other.used - other.claimed_beside(instance) for other in instance.places)
     free = replace(service, tp=None, pp=None, dp=None, gpu_count=None, gpu_indices=None)
-    for shape in valid_shapes(free, instance.need.engine, len(gpus), 1, place.host.link(gpus)):
-        if need := Needs().find(free, place.gpu, instance.need.engine, "", length, shape, False, 1.0, False):
-            return need
+    engine, needs = instance.need.engine, Needs()
+    for number in range(1, len(instance.hosts)):
+        for shape in valid_shapes(free, engine, len(gpus), number, place.host.link(gpus)):
+            need = needs.find(free, place.gpu, engine, "", length, shape, False, 1.0, False)
+            if need and need.room <= room and shape.pp % number == 0:
+                return number, need
     return None
 
 

@@ -30,7 +30,7 @@ def nic(name: str, *addresses: str, speed: int | None = None, default: bool = Fa
 
 
 def looks(*hosts: list[dict[str, Any]]) -> dict[str, Any]:
-    return {name: {"interfaces": nics} for name, nics in zip("abc", hosts, strict=False)}
+    return {name: {"interfaces": nics, "ephemeral": "32768-60999"} for name, nics in zip("abc", hosts, strict=False)}
 
 
 TWO = looks(

@@ -4,16 +4,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 from test_host_services import HOSTS, SETTINGS, service
 
 from ansible_collections.baremetal.vllm.plugins.filter.host_services import host_services
+from ansible_collections.baremetal.vllm.plugins.filter.interconnect import interconnect
+from ansible_collections.baremetal.vllm.plugins.filter.plan_running import plan_running
 from ansible_collections.baremetal.vllm.plugins.filter.vllm_plan import vllm_plan
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.multi_host import kept_home, ray_image, ray_ports, spans
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.hardware import hosts_from_text
 
+ROLE = Path(__file__).parents[4] / "roles" / "vllm"
 PLACES = {
     "one": {"address": "10.0.0.1", "interface": "eth1"},
     "two": {"address": "10.0.0.2", "interface": "ens3"},
@@ -200,7 +205,110 @@ def test_two_clusters_share_no_port() -> None:
 
 def test_all_ports_are_listed_for_a_firewall() -> None:
     ports = ray_service("one")["span"]["firewall_ports"]
-    assert ports[:2] == ["6379", "6380"] and ports[-2:] == ["10002-10201", "32768-60999"]
+    assert ports[:2] == ["6379", "6380"] and ports[-3:] == ["6387", "10002-10201", "32768-60999"]
+    assert on("one", CPU_SERVICE, HOSTS)["span"]["firewall_ports"] == ["29600", "29601", "29602", "32768-60999"]
+
+
+@pytest.mark.parametrize(
+    "ephemeral, ports",
+    [
+        (
+            "20000-65000",
+            ["6379", "6380", "6381", "6382", "6383", "6384", "6385", "6386", "6387", "10002-10201", "20000-65000"],
+        ),
+        ("1024-65535", ["10002-10201", "1024-65535"]),
+    ],
+)
+def test_the_firewall_follows_the_ephemeral_ports_of_the_host(ephemeral: str, ports: list[str]) -> None:
+    nic = {"name": "eth1", "mtu": 1500, "speed_mbps": None, "physical": True, "default": True}
+    looks = {}
+    for number, name in enumerate(("one", "two", "three"), 1):
+        own = {**nic, "addresses": [{"address": f"10.0.0.{number}", "prefix": 24}]}
+        looks[name] = {"interfaces": [own], "ephemeral": ephemeral if name == "two" else "32768-60999"}
+    network = interconnect([{"service": "chat", "hosts": list(looks)}], looks, {})
+    there = on("two", RAY_SERVICE, gpu_hosts(3), network=network)["span"]["firewall_ports"]
+    assert there == ports
+    assert on("one", RAY_SERVICE, gpu_hosts(3), network=network)["span"]["firewall_ports"][-1] == "32768-60999"
+
+
+def test_the_firewall_leaves_the_api_alone() -> None:
+    environment = jinja2.Environment(trim_blocks=True, autoescape=False)
+    rules = environment.from_string((ROLE / "templates" / "interconnect.nft.j2").read_text()).render(
+        __vllm_firewall_ports=["29600", "1024-65535"], __vllm_firewall_peers={"ip": ["10.0.0.2"]},
+        __vllm_here=[{"port": 8000}, {"port": 8001}],
+    )  # fmt: skip
+    lines = [line.strip() for line in rules.splitlines()]
+    assert lines.index("tcp dport { 8000, 8001 } accept") < lines.index("tcp dport { 29600, 1024-65535 } drop")
+
+
+def test_the_all_reduce_has_a_port_that_no_engine_holds() -> None:
+    ranks, ray = on("one", CPU_SERVICE, HOSTS)["span"]["ports"], ray_service("one")["span"]["ports"]
+    assert ranks == {"ranks": 29600, "master": 29601, "allreduce": 29602}
+    assert ray["allreduce"] == 6387
+    assert "ports.allreduce" in (ROLE / "vars" / "main.yml").read_text()
+
+
+def blocks_of(plan: dict[str, Any]) -> dict[str, int]:
+    """First port of the keepers of each service."""
+    return {span["service"]: span["ports"]["ranks"] for span in spans(plan, [])}
+
+
+def files(plan: dict[str, Any]) -> list[dict[str, str]]:
+    return [{f"/etc/vllm/{row['name']}/plan.json": json.dumps(row["record"]) for row in plan["services"]}]
+
+
+def over(name: str, *hosts: str) -> dict[str, Any]:
+    return service(name=name, hosts=list(hosts), tensor_parallel_size=len(hosts), port=8000 + len(name))
+
+
+ONE_TWO_THREE = [{**HOSTS[0], "name": name} for name in ("one", "two", "three")]
+
+
+def test_a_service_keeps_its_ports_when_another_one_goes_or_comes() -> None:
+    both = [over("a", "one", "two"), over("bb", "one", "two")]
+    first = plan_running(both, HOSTS)
+    assert blocks_of(first) == {"a": 29600, "bb": 29610}
+    # The one before it goes; a new one gets what is free, also before it in the list.
+    alone = plan_running(both[1:], HOSTS, files(first))
+    assert blocks_of(alone) == {"bb": 29610}
+    assert blocks_of(plan_running([over("ccc", "one", "two"), *both[1:]], HOSTS, files(alone))) == {
+        "ccc": 29600,
+        "bb": 29610,
+    }
+    # All else of it may be planned anew.
+    again = plan_running([both[0], {**both[1], "max_model_len": 256}], HOSTS, files(first))
+    assert [row["kept"] for row in again["services"]] == [True, False]
+    assert blocks_of(again) == blocks_of(first)
+
+
+def test_a_service_keeps_its_ports_in_a_run_that_is_limited_to_its_hosts() -> None:
+    services = [over("a", "one", "two"), over("bb", "two", "three"), over("ccc", "one", "three")]
+    first = plan_running(services, ONE_TWO_THREE)
+    assert blocks_of(first) == {"a": 29600, "bb": 29610, "ccc": 29620}
+    limited = plan_running(services[1:2], ONE_TWO_THREE[1:], files(first)[0:1])
+    assert blocks_of(limited) == {"bb": 29610}
+    assert blocks_of(plan_running(services, ONE_TWO_THREE, files(first))) == blocks_of(first)
+
+
+def test_services_of_other_hosts_do_not_count() -> None:
+    """A run limited to the second one's hosts does not see the first one, whose ports are free there."""
+    hosts = [{**HOSTS[0], "name": name} for name in ("one", "two", "three", "four")]
+    services = [over("a", "one", "two"), over("bb", "three", "four")]
+    limited = plan_running(services[1:], hosts[2:])
+    assert blocks_of(limited) == {"bb": 29600}
+    assert blocks_of(plan_running(services, hosts, files(limited))) == {"a": 29600, "bb": 29600}
+
+
+@pytest.mark.parametrize("noted", [-1, 10**6, "0", None, 0])
+def test_a_block_that_is_none_or_another_ones_is_not_taken(noted: object) -> None:
+    first = plan_running([over("a", "one", "two"), over("bb", "one", "two")], HOSTS)
+    (kept,) = files(first)
+    path = "/etc/vllm/bb/plan.json"
+    kept[path] = json.dumps({**json.loads(kept[path]), "block": noted})
+    assert blocks_of(plan_running([over("a", "one", "two"), over("bb", "one", "two")], HOSTS, [kept])) == {
+        "a": 29600,
+        "bb": 29610,
+    }
 
 
 @pytest.mark.parametrize(
@@ -224,12 +332,82 @@ def test_cpu_servers_on_several_hosts_are_servers_of_their_own() -> None:
     assert spans(plan, ["one", "two"]) == []
 
 
-def test_unlike_gpus_are_refused_in_one_line() -> None:
+@pytest.mark.parametrize("sizes", [{}, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}])
+def test_unlike_gpus_are_refused_in_one_line(sizes: dict[str, int]) -> None:
     hosts = [*gpu_hosts(1), {**gpu_hosts(1, "2x A10")[0], "name": "two"}]
-    asked = {**RAY_SERVICE, "hosts": ["one", "two"], "pipeline_parallel_size": 2}
+    asked = {"name": "chat", "model": "Qwen/Qwen2.5-32B", "max_model_len": 32768, "hosts": ["one", "two"], **sizes}
     plan = vllm_plan([asked], hosts)
-    assert not plan["fits"]
-    assert len(plan["problems"]) == 1
+    assert plan["problems"] == [
+        "chat: the GPUs of one server are alike, and the hosts have no kind in common: one has 2 Tesla V100-PCIE-16GB "
+        "(16384 MiB); two has 2 NVIDIA A10 (23028 MiB). Name hosts with equal GPUs, or make a service for each kind"
+    ]
+
+
+OVER_TWO = {"name": "chat", "model": "Qwen/Qwen2.5-14B", "max_model_len": 8192, "hosts": ["one", "two"],
+            "tensor_parallel_size": 2, "pipeline_parallel_size": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "gpus, drivers, image",
+    [
+        ("2x V100-PCIE-16GB no-p2p", ["550.90.07", "550.127.05"], "v0.8.5.post1"),
+        ("2x A10", ["580.82.07", "580.159.04"], "v0.25.1"),
+        ("2x A10", ["580.82.07", None], "v0.25.1"),  # still to be installed
+        # The oldest one decides for both, wherever it is.
+        ("2x A10", ["580.82.07", "575.64.03"], "v0.25.1-cu129"),
+        ("2x A10", ["575.64.03", "580.82.07"], "v0.25.1-cu129"),
+    ],
+)
+def test_hosts_of_unlike_drivers_work_together(gpus: str, drivers: list[str | None], image: str) -> None:
+    hosts = [{**host, "driver_version": driver} for host, driver in zip(gpu_hosts(2, gpus), drivers, strict=True)]
+    plan = vllm_plan([OVER_TWO], hosts)
+    assert plan["fits"], plan["problems"]
+    (row,) = plan["services"]
+    assert row["gpus"] == {"one": [0, 1], "two": [0, 1]}
+    assert row["image"] == f"vllm/vllm-openai:{image}"
+    assert any("the hosts' drivers differ: the oldest, " in line for line in row["why"])
+
+
+@pytest.mark.parametrize("counts", [(4, 2), (2, 4)])
+def test_hosts_of_unlike_numbers_of_gpus_work_together(counts: tuple[int, int]) -> None:
+    hosts = [
+        {**gpu_hosts(1, f"{count}x A10")[0], "name": name} for count, name in zip(counts, ("one", "two"), strict=True)
+    ]
+    plan = vllm_plan([OVER_TWO], hosts)
+    assert plan["fits"], plan["problems"]
+    assert {name: len(gpus) for name, gpus in plan["services"][0]["gpus"].items()} == {"one": 2, "two": 2}
+    # ... and with the sizes left out.
+    free = {"name": "chat", "model": "Qwen/Qwen2.5-32B", "max_model_len": 32768, "hosts": ["one", "two"]}
+    (row,) = vllm_plan([free], hosts)["services"]
+    assert row["fits"], row["problems"]
+    assert (row["tensor_parallel_size"], row["pipeline_parallel_size"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "gpus, pp, problem",
+    [
+        ("4x A10", 3, "each gets the same number of stages. Set pipeline_parallel_size 2, 4, or name other hosts"),
+        ("2x A10", 4, "two has 2 GPUs, and 2 stages take 4. Set pipeline_parallel_size 2, or name other hosts"),
+    ],
+)
+def test_stages_that_do_not_go_onto_the_hosts(gpus: str, pp: int, problem: str) -> None:
+    hosts = [gpu_hosts(1, "6x A10")[0], {**gpu_hosts(1, gpus)[0], "name": "two"}]
+    plan = vllm_plan([{**OVER_TWO, "pipeline_parallel_size": pp}], hosts)
+    assert plan["problems"] == [f"chat: TP 2 x PP {pp} does not go onto 2 hosts: {problem}"]
+
+
+def test_a_refusal_does_not_show_that_it_fits() -> None:
+    asked = {**OVER_TWO, "hosts": None, "pipeline_parallel_size": 3}
+    (problem,) = vllm_plan([asked], gpu_hosts(2, "4x A10"))["problems"]
+    assert problem.startswith(
+        "chat: TP 2 x PP 3 fits on GPUs like these, but not on these hosts: each one gets the same"
+    )
+
+
+def test_the_host_that_cannot_hold_a_server_of_its_own_is_told() -> None:
+    hosts = [gpu_hosts(1, "4x A10")[0], {**gpu_hosts(1)[0], "name": "two"}]
+    plan = vllm_plan([{**OVER_TWO, "tensor_parallel_size": 1, "pipeline_parallel_size": 1}], hosts)
+    assert plan["problems"][0].startswith("chat: does not fit on Tesla V100-PCIE-16GB with TP 1: ")
 
 
 @pytest.mark.parametrize(

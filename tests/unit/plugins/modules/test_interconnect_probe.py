@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -31,11 +35,46 @@ def serve(run_module: Run) -> int:
 def test_looks_at_interfaces(run_module: Run) -> None:
     found = run_module(interconnect_probe, action="look")
     assert found["time"] > 1.7e9
+    first, last = (int(number) for number in found["ephemeral"].split("-"))
+    with socket.socket() as sock:
+        sock.bind((HERE, 0))
+        assert first <= sock.getsockname()[1] <= last
     assert all(interface["mtu"] > 0 and interface["name"] != "lo" for interface in found["interfaces"])
     own = [place["address"] for interface in found["interfaces"] for place in interface["addresses"]]
     for address in own:
         with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as sock:
             sock.bind((address, 0))  # it is this machine's
+
+
+IN_A_NAMESPACE = """
+set -e
+ip address add 10.1.1.3/24 dev lo
+ip address add 10.1.2.3/16 dev lo
+ip address add 10.1.2.4/32 dev lo
+ip address add 192.0.2.1/30 dev lo label lo:1
+ip address add 198.51.100.1 peer 198.51.100.9/29 dev lo
+ip link set lo up
+exec "$@"
+"""
+
+
+def test_each_address_has_its_own_prefix() -> None:
+    """An interface may have several, and an alias of it; 10.1.2.3/16 was taken for /24, as the first one is."""
+    look = "import json; from ansible_collections.baremetal.vllm.plugins.modules import interconnect_probe as probe; "
+    look += "print(json.dumps(probe.ipv4_addresses()))"
+    answer = subprocess.run(
+        ["unshare", "--net", "sh", "-c", IN_A_NAMESPACE, "sh", sys.executable, "-c", look],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    if "unshare" in answer.stderr or "ip: not found" in answer.stderr:
+        pytest.skip("no network namespaces here: needs root and iproute2")
+    assert answer.returncode == 0, answer.stderr
+    found = {place["address"]: place["prefix"] for place in json.loads(answer.stdout)["lo"]}
+    del found["127.0.0.1"]
+    assert found == {"10.1.1.3": 24, "10.1.2.3": 16, "10.1.2.4": 32, "192.0.2.1": 30, "198.51.100.1": 29}
 
 
 def test_measures_a_way(run_module: Run) -> None:

@@ -214,8 +214,24 @@ def test_an_old_driver_gets_the_image_for_it() -> None:
     assert one(hosts, runtime="venv")["image"] is None
 
 
-def test_a_driver_that_supports_a_release_in_full_decides_which() -> None:
+def test_an_old_driver_is_enough_where_the_build_has_machine_code() -> None:
     hosts = hosts_from_text("1x A10")
+    hosts[0]["driver_version"] = "550.144.03"
+    row = one(hosts, max_model_len=4096)
+    assert row["image"] == "vllm/vllm-openai:v0.25.1-cu129"
+    assert any("all parts have machine code for compute capability 8.6" in line for line in row["why"])
+    assert one(hosts, max_model_len=4096, runtime="venv")["engine_version"] == "0.19.1"  # whose own CUDA is 12.9
+
+
+def test_an_image_that_would_not_start_with_an_old_driver_is_not_taken() -> None:
+    hosts = hosts_from_text("1x RTX-4090")
+    hosts[0]["driver_version"] = "550.144.03"
+    assert one(hosts, max_model_len=4096)["engine_version"] == "0.8.5.post1"
+    assert one(hosts, max_model_len=4096, runtime="venv")["engine_version"] == "0.19.1"
+
+
+def test_a_driver_that_would_have_to_compile_for_the_gpu_decides_which_release() -> None:
+    hosts = hosts_from_text("1x H100")
     hosts[0]["driver_version"] = "550.144.03"
     row = one(hosts, max_model_len=4096)
     assert row["engine_version"] == "0.8.5.post1"
@@ -223,6 +239,31 @@ def test_a_driver_that_supports_a_release_in_full_decides_which() -> None:
     pinned = one(hosts, max_model_len=4096, engine_version="0.25.1")
     assert pinned["image"].endswith("-cu129")
     assert any("may be refused" in line for line in pinned["why"])
+
+
+@pytest.mark.parametrize(
+    "driver, asked, version, why",
+    [
+        ("535.183.01", {}, "0.4.2", "535.183.01 supports in full"),
+        (
+            "535.183.01",
+            {"pipeline_parallel_size": 2},
+            "0.25.1",
+            "parts that the driver compiles at run time may be refused",
+        ),
+        ("550.144.03", {"executor": "mp", "pipeline_parallel_size": 2}, "0.25.1", "may be refused"),
+        ("550.144.03", {"pipeline_parallel_size": 2}, "0.8.5.post1", "550.144.03 supports in full"),
+    ],
+)
+def test_a_release_that_cannot_divide_the_model_as_asked_is_not_taken(
+    driver: str, asked: dict[str, Any], version: str, why: str
+) -> None:
+    hosts = [{**host, "driver_version": driver} for host in hosts_from_text("2x(1x H100)")]
+    named = {"hosts": [host["name"] for host in hosts]} if asked else {}
+    row = one(hosts, max_model_len=4096, **named, **asked)
+    assert row["fits"], row["problems"]
+    assert row["engine_version"] == version
+    assert any(why in line for line in row["why"]), row["why"]
 
 
 def test_a_gpu_that_nothing_supports_is_refused() -> None:
@@ -401,3 +442,43 @@ def test_more_hosts_than_needed_are_slower() -> None:
     large = plan("2x(2x A10)", {"model": "Qwen/Qwen2.5-32B-Instruct", "hosts": ["host1", "host2"], **spread})
     assert large["fits"], large["problems"]
     assert not any("one host is enough" in line for line in large["services"][0]["why"])
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tensor_parallel_size": 2, "pipeline_parallel_size": 3}])
+def test_fewer_hosts_are_named_when_they_are_enough(sizes: dict[str, int]) -> None:
+    asked = {"model": LARGE, "max_model_len": 8192, "hosts": ["host1", "host2", "host3"], **sizes}
+    row = one("3x(2x A10)", **asked)
+    assert row["fits"], row["problems"]
+    (line,) = [line for line in row["why"] if "enough" in line]
+    assert line == (
+        "2 hosts are enough: TP 2 x PP 2 holds 8192 tokens; over 3 hosts each token waits longer for the network, so that "
+        "a request takes longer. Name 2 hosts only"
+    )
+    # Over the two that it names it says nothing more.
+    two = one("3x(2x A10)", **{**asked, "hosts": ["host1", "host2"], **(sizes and {"pipeline_parallel_size": 2})})
+    assert two["fits"] and not [line for line in two["why"] if "enough" in line]
+
+
+@pytest.mark.parametrize("number, size, servers", [(1, (2, 1, 1), 1), (2, (2, 1, 1), 2), (3, (2, 1, 1), 3)])
+def test_the_same_service_grows_with_its_hosts(number: int, size: tuple[int, ...], servers: int) -> None:
+    """Its sizes left out: a model that one host holds is served by each."""
+    names = [f"host{n}" for n in range(1, number + 1)]
+    row = one("3x(2x A10)", model="Qwen/Qwen2.5-14B", max_model_len=8192, hosts=names)
+    assert row["fits"], row["problems"]
+    assert [instance["hosts"] for instance in row["instances"]] == [[name] for name in names]
+    assert [sizes(instance) for instance in row["instances"]] == [size] * servers
+
+
+@pytest.mark.parametrize("number, size", [(1, None), (2, (2, 2, 1)), (3, (2, 3, 1))])
+def test_the_same_service_of_a_larger_model_grows_with_its_hosts(number: int, size: tuple[int, ...] | None) -> None:
+    names = [f"host{n}" for n in range(1, number + 1)]
+    row = one("3x(2x A10)", model=LARGE, max_model_len=8192, hosts=names, executor="mp")
+    if size is None:
+        assert "4 such GPUs hold it (TP 4)" in row["problems"], row["problems"]
+        return
+    assert row["fits"], row["problems"]
+    assert (row["hosts"], sizes(row)) == (names, size)
+    # TP 4 would hold it, and no host has four.
+    assert [line for line in row["why"] if "does not hold" in line] == [
+        "TP 2 does not hold the weights and a context of 8192 tokens"
+    ]

@@ -297,6 +297,26 @@ def test_absurd_arguments_are_refused_by_name(arguments: dict[str, Any], field: 
     assert str(caught.value).startswith(f"{field} is ")
 
 
+@pytest.mark.parametrize("pp", [3, 6])
+@pytest.mark.parametrize("eager", [True, False])
+def test_the_lowest_utilization_of_a_pipeline_whose_stages_differ(pp: int, eager: bool) -> None:
+    """The stage with the most layers decides when there is much room, the one with the embedding when there is little."""
+    engine = {
+        **A10,
+        "pipeline_parallel_size": pp,
+        "tensor_parallel_size": 2,
+        "max_num_seqs": 16,
+        "enforce_eager": eager,
+    }
+
+    def holds(thousandths: int) -> bool:
+        plan = engine_memory(shape("qwen2.5-32b"), gpu_memory_utilization=thousandths / 1000, **engine)
+        return plan.fits and plan.max_concurrency >= 1
+
+    real = next((number / 1000 for number in range(1, 1001) if holds(number)), None)
+    assert lowest_utilization(shape("qwen2.5-32b"), **engine) == real
+
+
 def test_the_lowest_utilization_is_the_lowest() -> None:
     for name in ("qwen2.5-7b", "qwen3-30b-a3b", "gemma-3-1b", "deepseek-v2-lite"):
         engine = {"gpu_memory_total_mib": 81559, "max_model_len": 8192}

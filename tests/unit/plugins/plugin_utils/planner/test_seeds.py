@@ -29,6 +29,8 @@ TIGHT = {
     "enforce_eager": True,
     "extra_args": ["--swap-space", "4", "--max-paddings", "16"],
 }
+# ... and an ordinary batch.
+USUAL = {"max_model_len": 4096, "max_num_batched_tokens": 4096, "max_num_seqs": 256}
 
 
 def plan(gpus: str, *services: dict[str, Any]) -> dict[str, Any]:
@@ -50,26 +52,54 @@ class TestV100:
         assert row["dtype"] == "float16"
         assert "--disable-custom-all-reduce" in row["args"]
         assert row["image"] == "vllm/vllm-openai:v0.3.0"
-        assert row["memory"]["kv_cache_tokens"] >= 400
+        assert row["memory"]["reason"] == (
+            "15.51 GiB (0.995 of 15.59) - weights 13.95 - activations 0.10 - libraries 0.45 = 1.01 GiB of KV cache for 11024 tokens"
+        )
 
-    @pytest.mark.parametrize("utilization", [0.8, 0.9])
-    def test_14b_does_not_start_with_an_ordinary_utilization(self, utilization: float) -> None:
-        row = one(TWO_V100, model="Qwen/Qwen2.5-14B", **{**TIGHT, "gpu_memory_utilization": utilization})
+    @pytest.mark.parametrize(
+        "asked, arithmetic",
+        [
+            (
+                {"gpu_memory_utilization": 0.8},
+                "12.47 GiB (0.8 of 15.59) - weights 13.95 - activations 0.10 - libraries 0.45 = -2.03 GiB",
+            ),
+            (
+                {"gpu_memory_utilization": 0.9},
+                "14.03 GiB (0.9 of 15.59) - weights 13.95 - activations 0.10 - libraries 0.45 = -0.47 GiB",
+            ),
+            # An ordinary batch: what fails is 256 requests at once, at any utilization.
+            (
+                {"gpu_memory_utilization": 0.98, **USUAL},
+                "15.27 GiB (0.98 of 15.59) - weights 13.95 - activations 1.46 - libraries 0.45 = -0.58 GiB",
+            ),
+            (
+                {"gpu_memory_utilization": 0.995, **USUAL},
+                "15.51 GiB (0.995 of 15.59) - weights 13.95 - activations 1.46 - libraries 0.45 = -0.35 GiB",
+            ),
+        ],
+    )
+    def test_why_14b_did_not_start_on_one_host(self, asked: dict[str, Any], arithmetic: str) -> None:
+        row = one(TWO_V100, model="Qwen/Qwen2.5-14B", **{**TIGHT, **asked})
         assert not row["fits"]
-        assert any("utilization" in problem or "fits" in problem for problem in row["problems"][1:]), row["problems"]
+        assert row["problems"][0] == (
+            f"does not fit on Tesla V100-PCIE-16GB with TP 2: no memory is left for the KV cache: {arithmetic}"
+        )
+        assert any("fits (TP 2)" in problem or "it fits" in problem for problem in row["problems"][1:]), row["problems"]
 
-    @pytest.mark.parametrize("utilization", [0.98, 0.995])
-    def test_14b_does_not_start_with_an_ordinary_batch(self, utilization: float) -> None:
-        usual = {"max_model_len": 4096, "max_num_batched_tokens": 4096, "max_num_seqs": 256}
-        row = one(TWO_V100, model="Qwen/Qwen2.5-14B", **{**TIGHT, **usual, "gpu_memory_utilization": utilization})
-        assert not row["fits"]
-        assert "no memory is left for the KV cache" in row["problems"][0]
+    def test_the_batch_of_16_makes_the_room(self) -> None:
+        row = one(TWO_V100, model="Qwen/Qwen2.5-14B", **{**TIGHT, **USUAL, "max_num_seqs": 16})
+        assert row["fits"], row["problems"]
 
-    @pytest.mark.parametrize("model", ["Qwen/Qwen2.5-32B", "Qwen/Qwen3-32B"])
-    def test_32b_does_not_fit_on_two(self, model: str) -> None:
+    @pytest.mark.parametrize(
+        "model, weights, missing", [("Qwen/Qwen2.5-32B", "30.55", "-15.79"), ("Qwen/Qwen3-32B", "30.52", "-15.77")]
+    )
+    def test_32b_does_not_fit_on_two(self, model: str, weights: str, missing: str) -> None:
         row = one(TWO_V100, model=model, max_model_len=400)
-        assert not row["fits"]
-        assert "GiB" in row["problems"][0]
+        assert row["problems"] == [
+            "does not fit on Tesla V100-PCIE-16GB with TP 1 x PP 2: no memory is left for the KV cache: 15.30 GiB (0.982 of "
+            f"15.59) - weights {weights} - activations 0.10 - libraries 0.45 = {missing} GiB",
+            "5 such GPUs hold it (TP 1 x PP 5)",
+        ]
 
     def test_32b_fits_on_all_six_through_the_pipeline(self) -> None:
         row = one("3x(2x V100-PCIE-16GB no-p2p)", model="Qwen/Qwen2.5-32B", max_model_len=4096)
@@ -78,11 +108,56 @@ class TestV100:
         assert row["executor"] == "ray" and row["ray_in_image"]
         assert row["args"][row["args"].index("--distributed-executor-backend") + 1] == "ray"
 
-    @pytest.mark.parametrize("model", ["Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-14B", "tiiuae/falcon-7b"])
-    def test_tp_6_is_not_possible(self, model: str) -> None:
+    @pytest.mark.parametrize(
+        "model, why",
+        [
+            ("Qwen/Qwen2.5-1.5B", "TP 6 is not possible: vocabulary of 151936, padded to 151936; "),
+            ("Qwen/Qwen2.5-7B", "TP 6 is not possible: 28 attention heads; "),
+            ("Qwen/Qwen2.5-14B", "TP 6 is not possible: 40 attention heads. Possible: 1, 2, 4, 8"),
+            ("tiiuae/falcon-7b", "TP 6 is not possible: vocabulary of 65024, padded to 65024; "),
+        ],
+    )
+    def test_tp_6_is_not_possible(self, model: str, why: str) -> None:
         row = one("3x(2x V100-PCIE-16GB)", model=model, tensor_parallel_size=6)
         assert not row["fits"]
-        assert row["problems"][0].startswith("TP 6 is not possible")
+        assert row["problems"][0].startswith(why)
+
+    def test_weights_of_8_bits_need_a_newer_gpu(self) -> None:
+        row = one(TWO_V100, model="Qwen/Qwen2.5-14B", quantization="fp8")
+        assert row["problems"] == ["fp8 weights need compute capability 7.5, the GPU has 7.0"]
+        awq = {"model": "awq", "config": json.loads(CONFIGS.read_text())["qwen2.5-7b-awq"]}
+        assert one(TWO_V100, **awq)["problems"] == ["awq weights need compute capability 7.5, the GPU has 7.0"]
+
+    def test_the_inventory_is_planned_as_its_readme_says(self) -> None:
+        folder = INVENTORIES / "v100-ray-3x2"
+        services = yaml.safe_load((folder / "group_vars" / "all.yml").read_text())["vllm_services"]
+        hosts = [{**host, "name": f"v100-{n}"} for n, host in enumerate(hosts_from_text(f"3x({TWO_V100})"), 1)]
+        (row,) = make_plan(services, hosts)["services"]
+        assert row["args"] == [
+            *("--model", "Qwen/Qwen2.5-14B", "--served-model-name", "Qwen/Qwen2.5-14B", "--port", "8000"),
+            *("--dtype", "float16", "--max-model-len", "8192", "--gpu-memory-utilization", "0.9"),
+            *("--max-num-seqs", "256", "--max-num-batched-tokens", "8192"),
+            *("--tensor-parallel-size", "2", "--pipeline-parallel-size", "3"),
+            *("--distributed-executor-backend", "ray", "--disable-custom-all-reduce"),
+        ]
+        assert row["env"] == {"VLLM_USE_V1": "0"}
+        assert (row["engine_version"], row["ray_in_image"]) == ("0.8.5.post1", True)
+        assert row["gpus"] == {name: [0, 1] for name in ("v100-1", "v100-2", "v100-3")}
+        memory = row["memory"]
+        assert memory["reason"] == (
+            "14.03 GiB (0.9 of 15.59) - weights 4.91 - activations 1.50 - libraries 0.45 = 7.17 GiB of KV cache for 234944 tokens"
+        )
+        assert memory["max_concurrency"] == pytest.approx(234944 / 8192, abs=0.01)
+        assert memory["footprint_gib"] == 14.622  # with CUDA graphs and the context, of 15.59
+        readme = (folder / "README.md").read_text()
+        assert f"{memory['weights_gib']:.2f} GiB of weights a GPU instead of" in readme
+        assert f"{memory['kv_cache_gib']:.2f} GiB of cache for {memory['kv_cache_tokens']:,} tokens" in readme
+        # Two of the hosts hold this context, too, with fewer requests at once.
+        assert any(line.startswith("2 hosts are enough: TP 2 x PP 2 holds 8192 tokens") for line in row["why"])
+        (two,) = make_plan([{**services[0], "hosts": ["v100-1", "v100-2"], "pipeline_parallel_size": 2}], hosts)[
+            "services"
+        ]
+        assert f"room for {two['memory']['kv_cache_tokens']:,} tokens" in readme
 
     def test_the_release_is_the_last_that_supports_the_gpu(self) -> None:
         row = one(TWO_V100, model="Qwen/Qwen2.5-7B-Instruct", max_model_len=4096)
@@ -91,6 +166,25 @@ class TestV100:
         assert row["env"]["VLLM_USE_V1"] == "0"
         assert row["dtype"] == "float16"
         assert not row["enforce_eager"]
+
+    @pytest.mark.parametrize(
+        ("driver", "why"),
+        [
+            ("535.183.01", "all parts have machine code for compute capability 7.0"),
+            ("550.144.03", "vLLM 0.25.1 (CUDA 13.0) has no code for compute capability 7.0"),
+            ("580.159.04", "vLLM 0.25.1 (CUDA 13.0) has no code for compute capability 7.0"),
+        ],
+    )
+    @pytest.mark.parametrize("number", [1, 3])
+    def test_the_release_is_the_same_with_every_driver_that_runs_it(self, number: int, driver: str, why: str) -> None:
+        hosts = [{**host, "driver_version": driver} for host in hosts_from_text(f"{number}x({TWO_V100})")]
+        asked: dict[str, Any] = {"name": "qwen", "model": "Qwen/Qwen2.5-14B", "max_model_len": 2048}
+        if number > 1:
+            asked |= {"hosts": [host["name"] for host in hosts], "pipeline_parallel_size": 3}
+        (row,) = make_plan([asked], hosts)["services"]
+        assert row["fits"], row["problems"]
+        assert row["engine_version"] == "0.8.5.post1"
+        assert any(why in line for line in row["why"]), row["why"]
 
     def test_the_image_that_was_tried_in_vain_is_refused(self) -> None:
         row = one(TWO_V100, model="Qwen/Qwen2.5-7B", engine_version="0.10.1.1")
@@ -115,7 +209,9 @@ class TestV100:
             "tensor_parallel_size": 4, "gpu_memory_utilization": 0.8, "enforce_eager": True,
         }  # fmt: skip
         as_tried = engine_memory(shape, max_model_len=32768, max_num_batched_tokens=131072, **asked)
-        assert not as_tried.fits and "no memory is left for the KV cache" in as_tried.reason
+        assert as_tried.reason == (
+            "no memory is left for the KV cache: 12.47 GiB (0.8 of 15.59) - weights 6.95 - activations 8.79 - libraries 0.45 = -3.72 GiB"
+        )
         assert engine_memory(shape, max_model_len=4096, max_num_batched_tokens=4096, **asked).fits
 
     @pytest.mark.parametrize(
