@@ -54,6 +54,7 @@ class Host:
     memory_total_mib: int
     memory_available_mib: int
     network_mbps: int | None
+    cores: int = 0  # 0: not known
     notes: tuple[str, ...] = ()
 
     def link(self, indices: Iterable[int]) -> str:
@@ -217,7 +218,7 @@ def parse_host(raw: object, field: str) -> Host:
     Args:
         raw: ``{name, gpus: [{index, uuid, name, memory_total_mib, memory_used_mib, compute_capability, mig}],
             links: [[...]], p2p: [[...]], network: {speed_mbps}, driver_version,
-            cpu: {memory_total_mib, memory_available_mib}}``. ``links`` is the matrix of ``nvidia-smi topo -m``
+            cpu: {cores, memory_total_mib, memory_available_mib}}``. ``links`` is the matrix of ``nvidia-smi topo -m``
             (NV12, PIX, SYS ...), ``p2p`` that of ``topo -p2p r`` (OK, NS ...).
 
     Raises:
@@ -277,6 +278,7 @@ def parse_host(raw: object, field: str) -> Host:
         network_mbps=whole(speed, f"{field}.network.speed_mbps")
         if isinstance(speed, (int, float)) and speed > 0
         else None,
+        cores=whole(cpu.get("cores") or 0, f"{field}.cpu.cores"),
         notes=tuple(notes),
     )
 

@@ -112,6 +112,23 @@ class _Server:
         return low
 
 
+# An API server takes text apart and together in Python, on one core. Two a replica gave a 7B on two H100 1.10 times the
+# tokens at 1024 clients and a quarter of the time to the first one, and cost nothing at 8 (docs/performance.md; 16 cores
+# a replica). A replica's engine and its workers want cores, too.
+API_SERVERS_OF_REPLICA = 2
+CORES_OF_REPLICA = 8
+
+
+def _api_servers(service: Service, instance: Instance) -> int | None:
+    """API servers of replicas on one host; None leaves it to vLLM, which starts one for each."""
+    replicas = instance.shape.dp
+    asked = {"--api-server-count", "-asc"}.intersection(engines.flag_names(service.extra_args))
+    spread = service.objective == "throughput" and replicas > 1 and len(instance.hosts) == 1
+    if asked or service.pools or not spread or instance.hosts[0].cores < replicas * CORES_OF_REPLICA:
+        return None
+    return replicas * API_SERVERS_OF_REPLICA
+
+
 def _image(service: Service, need: Need) -> str | None:
     if service.runtime != "container":
         return None
@@ -156,6 +173,7 @@ def command_line(service: Service, version: str, settings: Mapping[str, Any], ex
     args += option("--tensor-parallel-size", above_one("tensor_parallel_size"))
     args += option("--pipeline-parallel-size", above_one("pipeline_parallel_size"))
     args += option("--data-parallel-size", above_one("data_parallel_size"))
+    args += option("--api-server-count", settings.get("api_server_count"))
     args += option("--enable-expert-parallel", settings["enable_expert_parallel"])
     if settings["executor"] == "ray":
         args += option("--distributed-executor-backend", "ray") or option("--worker-use-ray")
@@ -229,6 +247,7 @@ def settle(task: Task, instance: Instance, unsettled: Collection[int], port: int
         "tensor_parallel_size": instance.shape.tp,
         "pipeline_parallel_size": instance.shape.pp,
         "data_parallel_size": instance.shape.dp,
+        "api_server_count": _api_servers(service, instance),
         "enable_expert_parallel": spreads_experts(service, instance.shape),
         "gpu_memory_utilization": server.utilization,
         "enforce_eager": need.eager,
@@ -346,6 +365,11 @@ def _why_parallel(task: Task, settled: Mapping[str, Any]) -> list[str]:
         why.append(f"experts spread over {need.shape.world} GPUs: that is how their weights fit")
     elif dp > 1 and service.dp is None:
         why.append(f"{dp} replicas of TP {tp}: 4 of TP 1 were measured at 1.46 times the tokens of one TP 4")
+    if settled["api_server_count"]:
+        why.append(
+            f"{settled['api_server_count']} API servers for {dp} replicas: two each were measured at 1.10 times the tokens "
+            f"of one each at 1024 clients ({host.name} has {host.cores} cores)"
+        )
     if tp > 1 and settled["link"] != "nvlink":
         why.append(f"custom all-reduce off: the GPUs' link is {settled['link']}, not NVLink")
     if settled["executor"] == "ray" and not need.engine.ray:

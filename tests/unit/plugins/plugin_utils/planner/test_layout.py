@@ -43,6 +43,25 @@ def test_spare_gpus_become_replicas_for_throughput_and_width_for_latency() -> No
     assert sizes(one("4x H200", objective="latency")) == (4, 1, 1)
 
 
+def test_replicas_have_two_api_servers_each_where_the_host_has_cores() -> None:
+    def there(cores: int) -> list[dict[str, Any]]:
+        return [{**hosts_from_text("2x H100")[0], "cpu": {"cores": cores}}]
+
+    wide = one(there(32), max_model_len=4096)
+    assert (sizes(wide), value(wide, "--api-server-count"), wide["api_server_count"]) == ((1, 1, 2), "4", 4)
+    assert any("4 API servers for 2 replicas" in line for line in wide["why"])
+    for row in (
+        one(there(15), max_model_len=4096),  # fewer than 8 cores a replica
+        one("2x H100", max_model_len=4096),  # not known
+        one(there(32), max_model_len=4096, objective="latency"),
+        one(there(32), max_model_len=4096, data_parallel_size=1, tensor_parallel_size=1),
+        one(there(32), max_model_len=4096, engine_version="0.8.5.post1"),
+    ):
+        assert value(row, "--api-server-count") is None
+    asked = one(there(32), max_model_len=4096, extra_args=["--api-server-count", "3"])
+    assert (asked["args"].count("--api-server-count"), value(asked, "--api-server-count")) == (1, "3")
+
+
 def test_width_stops_at_what_the_model_allows() -> None:
     row = one("8x H200", objective="latency")  # 28 heads, 4 of them KV: TP 8 is not possible
     assert sizes(row) == (4, 1, 1)
