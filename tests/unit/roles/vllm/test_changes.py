@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the role does when the new configuration of a service does not start: its own tasks, with a stand-in for supervisorctl."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ansible_collections.baremetal.vllm.tests.fakes.openai_server import OpenAiServer
+
+ROOT = Path(__file__).parents[4]
+OLD = {
+    "venv": {"api_key": "sk-old\n", "env": "OLD=1\n", "start.sh": "old venv\n", "plan.json": "{}\n", "unit": "old unit\n"},
+    "container": {
+        "api_key": "sk-old\n", "env": "OLD=1\n", "start.sh": "old container\n", "serve.sh": "old serve\n", "plan.json": "{}\n",
+        "unit": "old unit\n",
+    },
+}  # fmt: skip
+
+
+class Host:
+    """A folder that stands for a host, and the role's variables for one service on it."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self.folder, self.config = folder, folder / "config/chat"
+        self.good = self.config / "good"
+        self.good.mkdir(parents=True)
+        self.unit = folder / "chat.conf"
+        supervisorctl = folder / "supervisorctl"
+        supervisorctl.write_text('#!/bin/sh\necho "$@" >>"$0.log"\necho RUNNING\n')
+        supervisorctl.chmod(0o755)
+        self.svc: dict[str, Any] = {
+            "name": "chat", "unit": "vllm-chat", "runtime": "venv", "standby": {}, "span": None, "headless": False,
+            "config_dir": str(self.config), "state_dir": str(folder / "state"), "unit_file": str(self.unit),
+            "api_key_file": str(self.config / "api_key"), "root_url": url, "model_path": "", "start_timeout": 20,
+            "pid_command": ["echo", "77"], "log_command": ["echo", "INFO"],
+        }  # fmt: skip
+
+    def write(self, folder: Path, files: dict[str, str]) -> None:
+        for name, text in files.items():
+            (folder / name).write_text(text)
+
+    def tasks(self, name: str, **variables: Any) -> str:
+        """Runs a file of the role's tasks; its output in one line."""
+        me = os.environ.get("USER") or subprocess.check_output(["id", "-un"], text=True).strip()
+        given = {
+            "svc": self.svc, "vllm_user": me, "__vllm_user_id": me, "__vllm_manager": "supervisor",
+            "__vllm_supervisorctl": [str(self.folder / "supervisorctl")], **variables,
+        }  # fmt: skip
+        include = {"name": "baremetal.vllm.vllm", "tasks_from": name}
+        tasks = [{"ansible.builtin.include_role": include, "vars": given}]
+        play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "tasks": tasks}
+        (self.folder / "play.yml").write_text(json.dumps([play]))
+        done = subprocess.run(
+            [sys.executable, "-m", "ansible", "playbook", "-i", "localhost,", str(self.folder / "play.yml")],
+            cwd=ROOT,
+            env={**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_PYTHON_INTERPRETER": sys.executable},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        return " ".join(done.stdout.split())
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    with OpenAiServer() as server:
+        yield Host(tmp_path, server.url)
+
+
+@pytest.mark.parametrize(("before", "after"), [("venv", "container"), ("container", "venv"), ("venv", "venv")])
+def test_what_the_former_runtime_ran_with_comes_back(host: Host, before: str, after: str) -> None:
+    host.write(host.good, OLD[before])
+    host.write(host.config, {name: f"new {name}\n" for name in OLD[after] if name not in ("unit", "api_key")})
+    host.unit.write_text("new unit\n")
+    host.svc["runtime"] = after
+    output = host.tasks("restore", __vllm_reason="no such image", __vllm_away_since="1")
+    assert "the one from before runs again. The reason: no such image" in output, output[-3000:]
+    there = {path.name: path.read_text() for path in host.config.iterdir() if path.is_file()}
+    assert there == {name: text for name, text in OLD[before].items() if name != "unit"}
+    assert host.unit.read_text() == "old unit\n"
+    assert oct(host.config.stat().st_mode)[-3:] == ("711" if before == "container" else "700")
+    assert "update vllm-chat" in (host.folder / "supervisorctl.log").read_text()
