@@ -54,8 +54,10 @@ class Host:
             "svc": self.svc, "vllm_user": me, "__vllm_user_id": me, "__vllm_manager": "supervisor",
             "__vllm_supervisorctl": [str(self.folder / "supervisorctl")], **variables,
         }  # fmt: skip
+        begin = {"ansible.builtin.set_fact": {"__vllm_failures": []}}
+        end = {"ansible.builtin.debug": {"msg": "failures: {{ __vllm_failures | join(' + ') }}"}}
         include = {"name": "baremetal.vllm.vllm", "tasks_from": name}
-        tasks = [{"ansible.builtin.include_role": include, "vars": given}]
+        tasks = [begin, {"ansible.builtin.include_role": include, "vars": given}, end]
         play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "tasks": tasks}
         (self.folder / "play.yml").write_text(json.dumps([play]))
         done = subprocess.run(
@@ -85,9 +87,65 @@ def test_what_the_former_runtime_ran_with_comes_back(host: Host, before: str, af
     host.unit.write_text("new unit\n")
     host.svc["runtime"] = after
     output = host.tasks("restore", __vllm_reason="no such image", __vllm_away_since="1")
-    assert "the one from before runs again. The reason: no such image" in output, output[-3000:]
+    told = "failures: chat did not start with its new configuration; the one from before runs again. The reason: no such image"
+    assert told in output, output[-3000:]
     there = {path.name: path.read_text() for path in host.config.iterdir() if path.is_file()}
     assert there == {name: text for name, text in OLD[before].items() if name != "unit"}
     assert host.unit.read_text() == "old unit\n"
     assert oct(host.config.stat().st_mode)[-3:] == ("711" if before == "container" else "700")
     assert "update vllm-chat" in (host.folder / "supervisorctl.log").read_text()
+
+
+# ---- the whole of a service's change, with files that need no template ----
+
+
+def change(host: Host, **variables: Any) -> str:
+    start = host.config / "start.sh"
+    owner = {"owner": "{{ __vllm_user_id }}", "mode": "0600"}
+    given = {
+        "__vllm_number": 0, "__vllm_all": [host.svc], "__vllm_differs": True, "__vllm_runs": True, "__vllm_given_key": "sk-new",
+        "__vllm_run_files": [{"path": str(start), "content": "new\n", **owner}],
+        "__vllm_unit_file": {"path": str(host.unit), "content": "new unit\n", **owner},
+        "__vllm_told_files": [], "__vllm_measured_file": {"path": str(host.config / "measured.json"), "content": "{}", **owner},
+        "__vllm_wait_for": {
+            "url": f"{host.svc['root_url']}/health", "pid_command": ["echo", "77"], "log_command": ["echo", "ValueError: no luck"],
+            "timeout": 1,
+        },
+        "__vllm_probe": {"fingerprints": {str(host.config / "endpoint.json"): "", str(host.unit): ""}},
+    }  # fmt: skip
+    host.svc |= {"room": False, "endpoint_files": [str(host.config / "endpoint.json")]}
+    return host.tasks("service", **given | variables)
+
+
+NOBODY = "http://127.0.0.1:9"
+
+
+def test_a_service_that_does_not_start_ends_no_run(host: Host) -> None:
+    host.svc["root_url"] = NOBODY
+    output = change(host)
+    assert (
+        "failures: chat did not start, and there is no configuration of it that worked before: vLLM does not answer"
+        in output
+    )
+    assert "stop vllm-chat" in (host.folder / "supervisorctl.log").read_text()
+    assert "failed=0" in output and not list(host.good.iterdir())
+
+
+def test_when_neither_starts_both_reasons_are_told(host: Host) -> None:
+    host.svc |= {"root_url": NOBODY, "start_timeout": 1}
+    host.write(host.good, OLD["venv"])
+    output = change(host)
+    assert (
+        "failures: chat did not start with its new configuration, and does not run again as before (vLLM does not answer"
+        in output
+    )
+    assert "failed=0" in output
+
+
+def test_what_works_is_kept(host: Host) -> None:
+    host.write(host.good, {"serve.sh": "of the runtime before\n"})
+    output = change(host)
+    assert "failed=0" in output and "did not start" not in output, output[-3000:]
+    assert {path.name: path.read_text() for path in host.good.iterdir()} == {
+        "api_key": "sk-new\n", "start.sh": "new\n", "unit": "new unit\n",
+    }  # fmt: skip
