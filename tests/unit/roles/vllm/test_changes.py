@@ -99,7 +99,7 @@ def test_what_the_former_runtime_ran_with_comes_back(host: Host, before: str, af
 # ---- the whole of a service's change, with files that need no template ----
 
 
-def change(host: Host, **variables: Any) -> str:
+def change(host: Host, room: bool = False, **variables: Any) -> str:
     start = host.config / "start.sh"
     owner = {"owner": "{{ __vllm_user_id }}", "mode": "0600"}
     given = {
@@ -113,7 +113,7 @@ def change(host: Host, **variables: Any) -> str:
         },
         "__vllm_probe": {"fingerprints": {str(host.config / "endpoint.json"): "", str(host.unit): ""}},
     }  # fmt: skip
-    host.svc |= {"room": False, "endpoint_files": [str(host.config / "endpoint.json")]}
+    host.svc |= {"room": room, "endpoint_files": [str(host.config / "endpoint.json")]}
     return host.tasks("service", **given | variables)
 
 
@@ -149,3 +149,25 @@ def test_what_works_is_kept(host: Host) -> None:
     assert {path.name: path.read_text() for path in host.good.iterdir()} == {
         "api_key": "sk-new\n", "start.sh": "new\n", "unit": "new unit\n",
     }  # fmt: skip
+
+
+def test_of_a_service_over_several_hosts_nothing_is_put_back(host: Host) -> None:
+    """What it was on one host before is not started in its place, and the message says how to get it back."""
+    host.svc |= {"root_url": NOBODY, "span": {"hosts": ["one", "two"]}}
+    host.write(host.good, OLD["venv"])
+    record = {"pins": {"engine_version": "0.25.1", "hosts": ["one", "two"]}}
+    output = change(
+        host,
+        __vllm_probe={"fingerprints": {str(host.config / "endpoint.json"): "sum 0644 root"}},
+        __vllm_records={"files": {str(host.config / "plan.json"): json.dumps(record)}},
+    )
+    assert (
+        "failures: chat did not start with its new configuration and is stopped, and nothing was put back" in output
+    ), output[-3000:]
+    assert '\\"engine_version\\": \\"0.25.1\\"' in output or '"engine_version": "0.25.1"' in output
+    assert (
+        "undo the change in the inventory and run site.yml, and it runs so again. The reason: vLLM does not answer"
+        in output
+    )
+    assert not host.good.exists()
+    assert (host.config / "start.sh").read_text() == "new\n"
