@@ -171,3 +171,41 @@ def test_of_a_service_over_several_hosts_nothing_is_put_back(host: Host) -> None
     )
     assert not host.good.exists()
     assert (host.config / "start.sh").read_text() == "new\n"
+
+
+def stand_by(host: Host, log: str) -> str:
+    """A change with room for a second server, which says this and does not start; its service itself would."""
+    host.svc |= {"room": True, "standby": {
+        **host.svc, "unit": "vllm-chat-standby", "config_dir": str(host.config / "standby"), "root_url": NOBODY,
+        "log_file": str(host.folder / "standby.log"), "log_command": ["echo", log],
+    }}  # fmt: skip
+    del host.svc["standby"]["standby"]
+    wait = {
+        "url": "{{ svc.root_url }}/health",
+        "pid_command": ["echo", "77"],
+        "log_command": "{{ svc.log_command }}",
+        "timeout": 1,
+    }
+    (host.config / "standby").mkdir()
+    return change(host, room=True, __vllm_by_plan=[{"room": True}], __vllm_wait_for=wait)
+
+
+def test_a_second_server_without_room_is_done_without(host: Host) -> None:
+    output = stand_by(host, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 224.00 MiB")
+    assert (
+        "chat is restarted with no other server to stand by, for which there was no room: vLLM does not answer"
+        in output
+    ), output[-3000:]
+    assert "CUDA out of memory" in output and "chat was away for" in output
+    assert "failures: chat" not in output and "failed=0" in output
+    assert (host.good / "start.sh").read_text() == "new\n" and not (host.config / "standby").exists()
+
+
+def test_a_second_server_that_cannot_start_anywhere_leaves_the_first_alone(host: Host) -> None:
+    host.write(host.good, OLD["venv"])
+    output = stand_by(host, "error: unrecognized arguments: --no-such")
+    assert (
+        "failures: chat did not start with its new configuration; the one from before runs again. The reason:" in output
+    ), output[-3000:]
+    asked = (host.folder / "supervisorctl.log").read_text().splitlines()
+    assert asked and not [line for line in asked if line.endswith(" vllm-chat")]
