@@ -51,6 +51,22 @@ PLANNED_FLAGS = {
     "--kv-cache-dtype": "kv_cache_dtype",
     "--trust-remote-code": "trust_remote_code",
 }
+# Flags that would go past the roles, with what to do instead. Secrets among arguments are in every process list.
+REFUSED_FLAGS = {
+    "--api-key": "set api_key of the service, or vllm_api_key, which no process list shows",
+    "--hf-token": "set model_token, which no process list shows",
+    "--host": "set bind of the service, or vllm_bind",
+    "--uds": "leave it out: the proof, the proxy and clients ask bind and port of the service",
+    **dict.fromkeys(
+        ("--ssl-ca-certs", "--ssl-cert-reqs", "--ssl-certfile", "--ssl-ciphers", "--ssl-keyfile", "--enable-ssl-refresh"),
+        "let role proxy serve TLS (proxy_enabled)",
+    ),
+    "--config": "write what the file holds into the service, where it is checked",
+    "--shutdown-timeout": "set vllm_drain_timeout",
+    **dict.fromkeys(
+        ("--headless", "--master-addr", "--master-port", "--nnodes", "--node-rank"), "set hosts of the service"
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

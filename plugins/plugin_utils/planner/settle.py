@@ -28,7 +28,7 @@ from .layout import (
 )
 from .memory import MemoryPlan, engine_memory
 from .model import tp_problems
-from .service import PLANNED_FLAGS, Service
+from .service import PLANNED_FLAGS, REFUSED_FLAGS, Service
 from .tables import load
 
 
@@ -193,10 +193,13 @@ def extra_arguments(task: Task, version: str) -> list[str]:
         else:
             task.why.append(f"{group[0]} is left out: {engines.flag_problem(version, group[0])}")
     for flag in engines.flag_names(service.extra_args):
-        if flag in PLANNED_FLAGS:
+        meant = f"--{flag[5:]}" if flag.startswith("--no-") else flag
+        if meant in PLANNED_FLAGS:
             task.problems.append(
-                f"extra_args holds {flag}, which the plan decides: set {PLANNED_FLAGS[flag]} of the service instead"
+                f"extra_args holds {flag}, which the plan decides: set {PLANNED_FLAGS[meant]} of the service instead"
             )
+        elif meant in REFUSED_FLAGS:
+            task.problems.append(f"extra_args holds {flag}, which the roles decide: {REFUSED_FLAGS[meant]}")
         elif problem := engines.flag_problem(version, flag):
             task.problems.append(f"extra_args holds {flag}: {problem}")
     return [*extra, *service.extra_args]

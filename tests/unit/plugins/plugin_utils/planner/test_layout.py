@@ -122,6 +122,36 @@ def test_an_extra_argument_that_the_plan_decides_is_refused() -> None:
     assert "set tensor_parallel_size of the service instead" in row["problems"][0]
 
 
+@pytest.mark.parametrize(
+    ("extra_args", "told"),
+    [
+        (
+            ["--api-key", "sk-of-somebody"],
+            "extra_args holds --api-key, which the roles decide: set api_key of the service",
+        ),
+        (
+            ["--api_key=sk-of-somebody"],
+            "extra_args holds --api-key, which the roles decide: set api_key of the service",
+        ),
+        (["--hf-token", "hf_of_somebody"], "set model_token, which no process list shows"),
+        (["--ssl-keyfile", "/k.pem", "--ssl_certfile=/c.pem"], "let role proxy serve TLS"),
+        ("--uds /run/x.sock", "extra_args holds --uds, which the roles decide: leave it out"),
+        (["--config=/srv/x.yaml"], "write what the file holds into the service, where it is checked"),
+        (["--host", "0.0.0.0"], "set bind of the service"),
+        (["--port", "9000"], "set port of the service instead"),
+        (["--trust_remote_code"], "set trust_remote_code of the service instead"),
+        (["--no-enforce-eager"], "extra_args holds --no-enforce-eager, which the plan decides: set enforce_eager"),
+        (["--shutdown-timeout=0"], "set vllm_drain_timeout"),
+        (["--node-rank", "1"], "set hosts of the service"),
+    ],
+)
+@pytest.mark.parametrize("there", ["1x H200", [{"name": "host1", "gpus": [], "cpu": {"memory_total_mib": 65536}}]])
+def test_an_extra_argument_that_goes_past_the_roles_is_refused(there: Any, extra_args: Any, told: str) -> None:
+    problems = " ".join(one(there, model=SMALL, extra_args=extra_args)["problems"])
+    assert told in problems
+    assert "somebody" not in problems
+
+
 def test_an_extra_argument_that_the_release_lacks_is_refused_with_its_replacement() -> None:
     row = one("2x H200", extra_args=["--num-scheduler-steps", "8"])
     assert "0.10.0 is the last with it; use --async-scheduling" in row["problems"][0]
