@@ -74,6 +74,14 @@ from ansible.errors import AnsibleFilterError
 # A name becomes part of unit names, folders and shell words.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 BYTES_PER_GIB = 1024**3
+# Names whose unit (vllm-NAME), log or folder is another part's of the collection.
+TAKEN = {
+    "interconnect-firewall": "the interconnect's firewall",
+    "interconnect.nft": "the interconnect's firewall",
+    "proxy": "the reverse proxy",
+    "supervisord": "the supervisor",
+}
+STAND_BY = "-standby"
 # No part of a plan, which is kept as a fact and shown.
 SECRET = ("api_key",)
 
@@ -88,6 +96,11 @@ def check_names(services: Any) -> None:
             raise AnsibleFilterError(
                 f"vllm_services[{number}].name is {name!r}: give up to 63 letters, digits, '_', '.' and '-', a letter or "
                 "digit first"
+            )
+        taken = "the server that stands by for another" if name.endswith(STAND_BY) else TAKEN.get(name)
+        if taken:
+            raise AnsibleFilterError(
+                f"vllm_services[{number}].name is {name}: {taken} has a unit, log or folder of this name; give another one"
             )
         if names.index(name) != number:
             raise AnsibleFilterError(

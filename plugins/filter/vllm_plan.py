@@ -24,8 +24,9 @@ options:
         C(engine_version), C(runtime) (V(container) or V(venv)), C(device) (V(cuda) or V(cpu)), C(port), C(image),
         C(env), C(extra_args), C(tensor_parallel_size), C(pipeline_parallel_size), C(data_parallel_size),
         C(gpu_memory_utilization), C(max_num_seqs), C(max_num_batched_tokens), C(dtype), C(kv_cache_dtype),
-        C(quantization), C(enforce_eager), C(executor) (V(ray) or V(mp)), C(trust_remote_code) and
-        C(enable_expert_parallel).
+        C(quantization), C(enforce_eager), C(executor) (V(ray) or V(mp)), C(trust_remote_code),
+        C(enable_expert_parallel) and C(task) (V(generate), V(embed) or V(score); where it is left out, what flags among
+        C(extra_args) say, or what the model's architecture is made for).
     type: list
     elements: dict
     required: true

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
@@ -17,6 +17,9 @@ from .tables import load, model_entry
 # vLLM takes a longer context than the model's own when this is set in its environment.
 STRETCH = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 OBJECTIVES = ("throughput", "latency")
+TASKS = ("generate", "embed", "score")
+# What vLLM's own flags call them. Others (reward, transcription) are no task that the roles can ask for.
+TASK_FLAGS = {"generate": "generate", "embed": "embed", "embedding": "embed", "score": "score", "classify": "score"}
 DTYPES = ("auto", "float16", "half", "bfloat16", "float32", "float")
 # Keys that the planner reads. Others belong to the roles that serve the model and are left alone.
 KEYS = (
@@ -24,7 +27,7 @@ KEYS = (
     "safetensors", "objective", "max_model_len", "min_concurrency", "gpus", "hosts", "engine_version", "runtime",
     "device", "port", "image", "env", "extra_args", "tensor_parallel_size", "pipeline_parallel_size",
     "data_parallel_size", "gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "dtype",
-    "kv_cache_dtype", "quantization", "enforce_eager", "executor", "trust_remote_code", "enable_expert_parallel",
+    "kv_cache_dtype", "quantization", "enforce_eager", "executor", "trust_remote_code", "enable_expert_parallel", "task",
 )  # fmt: skip
 # Flags that follow from keys of the service: in extra_args they would contradict the plan.
 PLANNED_FLAGS = {
@@ -51,6 +54,22 @@ PLANNED_FLAGS = {
     "--kv-cache-dtype": "kv_cache_dtype",
     "--trust-remote-code": "trust_remote_code",
 }
+# Flags that would go past the roles, with what to do instead. Secrets among arguments are in every process list.
+REFUSED_FLAGS = {
+    "--api-key": "set api_key of the service, or vllm_api_key, which no process list shows",
+    "--hf-token": "set model_token, which no process list shows",
+    "--host": "set bind of the service, or vllm_bind",
+    "--uds": "leave it out: the proof, the proxy and clients ask bind and port of the service",
+    **dict.fromkeys(
+        ("--ssl-ca-certs", "--ssl-cert-reqs", "--ssl-certfile", "--ssl-ciphers", "--ssl-keyfile", "--enable-ssl-refresh"),
+        "let role proxy serve TLS (proxy_enabled)",
+    ),
+    "--config": "write what the file holds into the service, where it is checked",
+    "--shutdown-timeout": "set vllm_drain_timeout",
+    **dict.fromkeys(
+        ("--headless", "--master-addr", "--master-port", "--nnodes", "--node-rank"), "set hosts of the service"
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +80,7 @@ class Service:
         shape: of the model. entry: its row of models.yml, empty when it has none.
         gpu_count, gpu_indices: ``gpus`` as a number or as a list of indices.
         flags: flags that the model needs, from models.yml, without those that ``extra_args`` sets itself.
+        task: what clients can ask of it: generate, embed or score. task_asked: the key ``task`` says so.
     """
 
     name: str
@@ -97,18 +117,13 @@ class Service:
     executor: str | None
     trust_remote_code: bool
     expert_parallel: bool | None
+    task: str
+    task_asked: bool
 
     @property
     def pools(self) -> bool:
-        """It embeds, ranks or classifies: no KV cache."""
+        """It is made to embed, rank or classify: no KV cache. A generating model that is served for that keeps its own."""
         return self.shape.kind == "pool"
-
-    @property
-    def task(self) -> str:
-        """What clients can ask of it: generate, embed or score."""
-        if not self.pools:
-            return "generate"
-        return "score" if "Classification" in self.shape.architecture else "embed"
 
     @property
     def needs_code(self) -> bool:
@@ -159,6 +174,32 @@ def _text(raw: Mapping[str, Any], key: str, field: str) -> str | None:
     if value is not None and (not isinstance(value, str) or not value.strip()):
         raise PlanError(f"{field}.{key}", value, "give text, or leave it out")
     return value
+
+
+def _given(args: Sequence[str], flag: str) -> str | None:
+    """What a flag is given among arguments, as ``--flag value`` or ``--flag=value``."""
+    for arg, following in zip(args, [*args[1:], ""], strict=False):
+        name, equals, value = arg.partition("=")
+        if name == flag:
+            return value if equals else following
+    return None
+
+
+def _task(raw: Mapping[str, Any], field: str, shape: ModelShape, extra: Sequence[str]) -> str:
+    """What the model is served for: as the key ``task`` says, or flags among ``extra_args``, or its architecture."""
+    pools, classifies = shape.kind == "pool", "Classification" in shape.architecture
+    asked = _one_of(raw, "task", field, TASKS, None)
+    if asked == "generate" and pools:
+        raise PlanError(f"{field}.task", asked, f"a {shape.architecture} does not generate: give embed or score")
+    if asked:
+        return asked
+    told = _given(extra, "--task") or _given(extra, "--convert") or ""
+    if told in TASK_FLAGS:
+        return TASK_FLAGS[told]
+    # --hf-overrides makes a reranker of a generating model by the name of another class.
+    if classifies or any("ForSequenceClassification" in arg for arg in extra):
+        return "score"
+    return "embed" if pools or _given(extra, "--runner") == "pooling" else "generate"
 
 
 def _shape(
@@ -274,6 +315,8 @@ def parse_service(raw: object, number: int) -> Service:
         executor=_one_of(item, "executor", field, ("ray", "mp"), None),
         trust_remote_code=bool(_flag(item, "trust_remote_code", field)),
         expert_parallel=_flag(item, "enable_expert_parallel", field),
+        task=_task(item, field, shape, extra),
+        task_asked=item.get("task") is not None,
     )
 
 

@@ -30,7 +30,7 @@ from .layout import (
 )
 from .memory import MemoryPlan, engine_memory
 from .model import tp_problems
-from .service import PLANNED_FLAGS, Service
+from .service import PLANNED_FLAGS, REFUSED_FLAGS, Service
 from .tables import load
 
 
@@ -182,12 +182,27 @@ def command_line(service: Service, version: str, settings: Mapping[str, Any], ex
     args += option("--quantization", service.quantization)
     args += option("--kv-cache-dtype", service.kv_cache_dtype if service.kv_cache_dtype != "auto" else None)
     args += option("--trust-remote-code", service.trust_remote_code)
-    if service.pools:
-        args += option("--runner", "pooling") or option("--task", service.task)
+    args += task_flags(service, version)
     # The V0 core splits prompts on its own above this, which Volta's kernels cannot do.
     if settings["engine_core"] == "V0" and settings["max_model_len"] > 32768 and option("--enable-chunked-prefill"):
         args.append("--enable-chunked-prefill=False")
     return [*args, *extra]
+
+
+# Flags that say what a model is served for.
+TASK_FLAGS = ("--task", "--runner", "--convert")
+
+
+def task_flags(service: Service, version: str) -> list[str]:
+    """What makes the release serve the model for its task. A model that is made for it needs no conversion."""
+    if service.task == "generate" or not set(TASK_FLAGS).isdisjoint(engines.flag_names(service.extra_args)):
+        return []
+    if runner := engines.option(version, "--runner", "pooling"):
+        convert = (
+            None if service.pools or not service.task_asked else {"embed": "embed", "score": "classify"}[service.task]
+        )
+        return [*runner, *engines.option(version, "--convert", convert)]
+    return engines.option(version, "--task", service.task)
 
 
 def extra_arguments(task: Task, version: str) -> list[str]:
@@ -211,12 +226,21 @@ def extra_arguments(task: Task, version: str) -> list[str]:
         else:
             task.why.append(f"{group[0]} is left out: {engines.flag_problem(version, group[0])}")
     for flag in engines.flag_names(service.extra_args):
-        if flag in PLANNED_FLAGS:
+        meant = f"--{flag[5:]}" if flag.startswith("--no-") else flag
+        if meant in PLANNED_FLAGS:
             task.problems.append(
-                f"extra_args holds {flag}, which the plan decides: set {PLANNED_FLAGS[flag]} of the service instead"
+                f"extra_args holds {flag}, which the plan decides: set {PLANNED_FLAGS[meant]} of the service instead"
             )
+        elif flag in TASK_FLAGS and service.task_asked:
+            task.problems.append(
+                f"extra_args holds {flag} beside task: {service.task} of the service: give one of the two"
+            )
+        elif meant in REFUSED_FLAGS:
+            task.problems.append(f"extra_args holds {flag}, which the roles decide: {REFUSED_FLAGS[meant]}")
         elif problem := engines.flag_problem(version, flag):
             task.problems.append(f"extra_args holds {flag}: {problem}")
+    if service.task_asked and service.task != "generate" and not service.pools and not task_flags(service, version):
+        task.problems.append(f"vLLM {version} has no flag for task: {service.task}: take engine_version 0.6.4 or newer")
     return [*extra, *service.extra_args]
 
 

@@ -117,7 +117,25 @@ def test_names_that_are_none(name: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["a", "Qwen2.5-7B_x", "7b", "a" * 63])
+@pytest.mark.parametrize(
+    ("name", "whose"),
+    [
+        ("chat-standby", "the server that stands by for another"),
+        ("proxy", "the reverse proxy"),
+        ("interconnect-firewall", "the interconnect's firewall"),
+        ("interconnect.nft", "the interconnect's firewall"),
+        ("supervisord", "the supervisor"),
+    ],
+)
+def test_names_that_are_taken(name: str, whose: str) -> None:
+    with pytest.raises(AnsibleFilterError) as error:
+        plan_inputs([{"name": name}], [], [], [])
+    assert str(error.value) == (
+        f"vllm_services[0].name is {name}: {whose} has a unit, log or folder of this name; give another one"
+    )
+
+
+@pytest.mark.parametrize("name", ["a", "standby", "proxy2", "Qwen2.5-7B_x", "7b", "a" * 63])
 def test_names_that_will_do(name: str) -> None:
     assert plan_inputs([{"name": name}], [], [], [])["services"] == []
 

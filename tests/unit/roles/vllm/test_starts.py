@@ -107,6 +107,144 @@ def test_what_others_have_seen(source: str, log: str, cause_line: str, told: str
     assert told in explain(log, VARS["__vllm_causes"], VALUES), source
 
 
+# What vLLM 0.25.1 said on two H200s before it failed, with all settings of its engine; and lines of other releases that name no error.
+BEFORE = (CAPTURES / "vllm_0.25.1_worker_out_of_memory.txt").read_text().partition("ERROR")[0].rpartition("\n")[0]
+BEFORE += """
+INFO 12-12 22:54:41 api_server.py:560] Using supplied chat template:
+WARNING 06-01 10:00:00 serving_chat.py:102] No chat template provided. Chat API will not work.
+WARNING 11-21 15:51:50 [utils.py:1] NewForCausalLM has no vLLM implementation, falling back to Transformers implementation.
+WARNING 11-21 15:51:52 [parallel.py:624] Address already in use. Retrying with a new port.
+(EngineCore pid=1) INFO 11-21 15:52:58 [gpu_worker.py:816] Free memory on device (60.31/139.8 GiB) on startup. Desired GPU memory \
+utilization is (0.542, 75.77 GiB). Actual usage is 14.25 GiB for weight
+"""
+CORE = "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): "
+
+
+@pytest.mark.parametrize(
+    ("log", "told"),
+    [
+        # Nothing known: nothing is told. What cause() finds stands alone.
+        ("TypeError: unsupported operand type(s) for +: 'int' and 'NoneType'", ""),
+        (CORE + "{'EngineCore_DP0': 1}", ""),
+        ("ERROR [core_client.py:600] Engine core proc EngineCore_DP0 died unexpectedly, shutting down client.", ""),
+        ("torch.AcceleratorError: CUDA error: an illegal memory access was encountered", ""),
+        # memory of the GPU, in the words of several releases
+        (
+            "ValueError: Free memory on device (3.22/79.1 GiB) on startup is less than desired GPU memory utilization (0.9, 71.19 GiB).",
+            "3.22 of 79.1 GiB are free",
+        ),
+        (
+            "ValueError: Free memory on device cuda:1 (3.22/79.1 GiB) on startup is less than desired GPU memory utilization",
+            "3.22 of 79.1 GiB are free",
+        ),
+        (
+            "ValueError: Available memory on node 0 (3.1/15.6 GiB) on startup is less than desired CPU memory utilization",
+            "3.1 of 15.6 GiB are free",
+        ),
+        (
+            "ValueError: The model's max seq len (32768) is larger than the maximum number of tokens that can be stored in KV cache "
+            "(11520). Try increasing `gpu_memory_utilization` or decreasing `max_model_len` when initializing the engine.",
+            "Set max_model_len: 11520 of the service",
+        ),
+        (
+            "ValueError: To serve at least one request with the model's max seq len (32768), (4.00 GiB KV cache is needed, which is "
+            "larger than the available KV cache memory (0.01 GiB). Try increasing `gpu_memory_utilization`",
+            "Lower max_num_seqs (now 256)",
+        ),
+        (
+            "RuntimeError: Worker failed with error 'CUDA out of memory. Tried to allocate 432.00 MiB.'\n" + CORE + "{}",
+            "the GPU's memory ran out",
+        ),
+        # memory of the host
+        (CORE + "{'EngineCore_DP0': -9}", "the host's memory ran out"),
+        ("ERROR [multiproc_executor.py:285] Worker proc VllmWorker-1 died unexpectedly, shutting down executor.", "the host's memory"),
+        ("vllm-chat.service: A process of this unit has been killed by the OOM killer.", "the host's memory ran out"),
+        ("vllm-chat.service: Main process exited, code=killed, status=9/KILL", "the host's memory ran out"),
+        ("vllm-chat.service: Main process exited, code=exited, status=137/n/a", "the host's memory ran out"),
+        ("MemoryError", "the host's memory ran out"),
+        ("RuntimeError: [enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory", "the host's memory ran out"),
+        # code of the model
+        (
+            "ValueError: Loading /m requires you to execute the configuration file in that repo on your local machine. Make sure you "
+            "have read the code there to avoid malicious use, then set the option `trust_remote_code=True` to remove this error.",
+            "the model brings code of its own",
+        ),
+        (
+            "RuntimeError: Failed to load the tokenizer. If the tokenizer is a custom tokenizer not yet available in the HuggingFace "
+            "transformers library, consider setting `trust_remote_code=True` in LLM or using the `--trust-remote-code` flag in the CLI.",
+            "the model brings code of its own",
+        ),
+        # kinds of models
+        (
+            "Value error, Model architectures ['NewForCausalLM'] are not supported for now. Supported architectures: dict_keys([])",
+            "cannot load this kind of model",
+        ),
+        (
+            "Value error, Model architecture BaichuanForCausalLM was supported in vLLM until v0.23.0, and is not supported anymore.",
+            "cannot load this kind of model",
+        ),
+        (
+            "Value error, The checkpoint you are trying to load has model type `new9` but Transformers does not recognize this "
+            "architecture.",
+            "cannot load this kind of model",
+        ),
+        (
+            "Value error, NewForCausalLM has no vLLM implementation and the Transformers implementation is not compatible with vLLM.",
+            "cannot load this kind of model",
+        ),
+        # templates
+        ("FileNotFoundError: the supplied chat template path doesn't exist", "the chat template that extra_args name"),
+        (
+            "ValueError: The supplied chat template (/srv/x.jinja) looks like a file path, but it failed to be opened. Tried:",
+            "the chat template that extra_args name",
+        ),
+        (
+            "ChatTemplateResolutionError: As of transformers v4.44, default chat template is no longer allowed, so you must provide a "
+            "chat template if the tokenizer does not define one.",
+            "the model has no chat template",
+        ),
+        # what lies outside the host
+        (
+            "OSError: You are trying to access a gated repo.\nMake sure to have access to it at https://hub.example/m/m.\n"
+            "401 Client Error. (Request ID: Root=1)",
+            "accept its licence and give model_token",
+        ),
+        (
+            "huggingface_hub.errors.GatedRepoError: 403 Client Error. (Request ID: Root=1)\n\nCannot access gated repo for url "
+            "https://hub.example/m/resolve/main/config.json.\nAccess to model m/m is restricted and you are not in the authorized list.",
+            "accept its licence and give model_token",
+        ),
+        ("OSError: m/m is not a local folder and is not a valid model identifier listed on the hub", "servers fetch nothing"),
+        (
+            "huggingface_hub.errors.LocalEntryNotFoundError: Cannot find the requested files in the disk cache and outgoing traffic has "
+            "been disabled.",
+            "servers fetch nothing",
+        ),
+        # the host
+        ("OSError: [Errno 28] No space left on device", "a disk or /dev/shm is full"),
+        ("ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', 8000): address already in use", "port 8000"),
+        ("zmq.error.ZMQError: Address already in use (addr='tcp://10.0.0.1:29550')", "a port that the engine's processes use"),
+        (
+            "torch.distributed.DistNetworkError: The server socket has failed to listen on any local network address. port: 29501, "
+            "useIpv6: false, code: -98, name: EADDRINUSE, message: address already in use",
+            "a port that the engine's processes use",
+        ),
+        ("RuntimeError: Failed to find C compiler. Please specify via CC environment variable", "Install gcc"),
+        ("torch._inductor.exc.InductorError: InvalidCxxCompiler: No working C++ compiler found", "Install gcc"),
+        ("main.c:5:10: fatal error: Python.h: No such file or directory", "Install gcc"),
+        ("RuntimeError: The NVIDIA driver on your system is too old (found version 12080).", "the NVIDIA driver is too old"),
+        ("RuntimeError: CUDA error: the provided PTX was compiled with an unsupported toolchain.", "the NVIDIA driver is too old"),
+        ("RuntimeError: Failed to infer device type, please set the environment variable", "the server does not see a GPU"),
+        ("RuntimeError: NCCL error: unhandled system error (run with NCCL_DEBUG=INFO for details)", "NCCL_P2P_DISABLE"),
+        ("api_server.py: error: argument --max-num-seqs: invalid int value: 'x'", "does not take what --max-num-seqs was given"),
+    ],
+)  # fmt: skip
+def test_why_it_failed_after_all_that_a_start_prints(log: str, told: str) -> None:
+    """Lines that every start has, with the engine's settings among them, are no reason."""
+    said = explain(f"{BEFORE}\n{log}\nINFO more\n", VARS["__vllm_causes"], VALUES)
+    assert told in said if told else said == ""
+
+
 def test_every_row_can_be_told() -> None:
     for row in VARS["__vllm_causes"]:
         assert set(row) == {"pattern", "cause", "advice"}
@@ -119,6 +257,7 @@ def test_every_row_can_be_told() -> None:
         ("vllm_0.32.0_unrecognized.txt", "does not know"),
         ("vllm_0.32.0_port_in_use.txt", "another process listens on"),
         ("vllm_0.32.0_custom_code.txt", "the model brings code of its own that has to run"),
+        ("vllm_0.25.1_worker_out_of_memory.txt", "the GPU's memory ran out"),
     ],
 )
 def test_a_real_failure(capture: str, told: str) -> None:

@@ -141,9 +141,93 @@ def test_an_extra_argument_that_the_plan_decides_is_refused() -> None:
     assert "set tensor_parallel_size of the service instead" in row["problems"][0]
 
 
+@pytest.mark.parametrize(
+    ("extra_args", "told"),
+    [
+        (
+            ["--api-key", "sk-of-somebody"],
+            "extra_args holds --api-key, which the roles decide: set api_key of the service",
+        ),
+        (
+            ["--api_key=sk-of-somebody"],
+            "extra_args holds --api-key, which the roles decide: set api_key of the service",
+        ),
+        (["--hf-token", "hf_of_somebody"], "set model_token, which no process list shows"),
+        (["--ssl-keyfile", "/k.pem", "--ssl_certfile=/c.pem"], "let role proxy serve TLS"),
+        ("--uds /run/x.sock", "extra_args holds --uds, which the roles decide: leave it out"),
+        (["--config=/srv/x.yaml"], "write what the file holds into the service, where it is checked"),
+        (["--host", "0.0.0.0"], "set bind of the service"),
+        (["--port", "9000"], "set port of the service instead"),
+        (["--trust_remote_code"], "set trust_remote_code of the service instead"),
+        (["--no-enforce-eager"], "extra_args holds --no-enforce-eager, which the plan decides: set enforce_eager"),
+        (["--shutdown-timeout=0"], "set vllm_drain_timeout"),
+        (["--node-rank", "1"], "set hosts of the service"),
+    ],
+)
+@pytest.mark.parametrize("there", ["1x H200", [{"name": "host1", "gpus": [], "cpu": {"memory_total_mib": 65536}}]])
+def test_an_extra_argument_that_goes_past_the_roles_is_refused(there: Any, extra_args: Any, told: str) -> None:
+    problems = " ".join(one(there, model=SMALL, extra_args=extra_args)["problems"])
+    assert told in problems
+    assert "somebody" not in problems
+
+
 def test_an_extra_argument_that_the_release_lacks_is_refused_with_its_replacement() -> None:
     row = one("2x H200", extra_args=["--num-scheduler-steps", "8"])
     assert "0.10.0 is the last with it; use --async-scheduling" in row["problems"][0]
+
+
+OVERRIDES = ["--hf-overrides", '{"architectures": ["Qwen3ForSequenceClassification"]}']
+
+
+@pytest.mark.parametrize(
+    ("service", "task", "flags"),
+    [
+        ({}, "generate", []),
+        ({"task": "generate"}, "generate", []),
+        ({"task": "embed"}, "embed", ["--runner", "pooling", "--convert", "embed"]),
+        ({"task": "score"}, "score", ["--runner", "pooling", "--convert", "classify"]),
+        ({"task": "embed", "engine_version": "0.9.2"}, "embed", ["--task", "embed"]),
+        ({"task": "score", "extra_args": OVERRIDES}, "score", ["--runner", "pooling", "--convert", "classify"]),
+        ({"extra_args": OVERRIDES}, "score", ["--runner", "pooling"]),
+        ({"extra_args": ["--runner", "pooling"]}, "embed", ["--runner", "pooling"]),
+        (
+            {"extra_args": ["--runner=pooling", "--convert=classify"]},
+            "score",
+            ["--runner=pooling", "--convert=classify"],
+        ),
+        ({"extra_args": ["--convert", "embed"]}, "embed", ["--convert", "embed"]),
+        ({"extra_args": ["--runner", "generate"]}, "generate", ["--runner", "generate"]),
+        ({"extra_args": ["--task", "embedding"], "engine_version": "0.9.2"}, "embed", ["--task", "embedding"]),
+        ({"model": "BAAI/bge-m3"}, "embed", ["--runner", "pooling"]),
+        ({"model": "BAAI/bge-m3", "task": "embed"}, "embed", ["--runner", "pooling"]),
+        ({"model": "BAAI/bge-reranker-base"}, "score", ["--runner", "pooling"]),
+        ({"model": "BAAI/bge-m3", "extra_args": ["--runner", "pooling"]}, "embed", ["--runner", "pooling"]),
+    ],
+)
+@pytest.mark.parametrize("there", ["1x H200", [{"name": "host1", "gpus": [], "cpu": {"memory_total_mib": 65536}}]])
+def test_what_a_model_is_served_for(there: Any, service: dict[str, Any], task: str, flags: list[str]) -> None:
+    if not isinstance(there, str) and "engine_version" in service:
+        pytest.skip("CPUs have builds of newer releases")
+    row = one(there, **{"model": SMALL, **service})
+    assert not row["problems"]
+    assert row["task"] == task
+    seen = [
+        word
+        for before, word in zip(["", *row["args"]], row["args"], strict=False)
+        if word.split("=")[0] in ("--runner", "--convert", "--task") or before in ("--runner", "--convert", "--task")
+    ]
+    assert seen == flags
+
+
+def test_a_task_that_cannot_be_is_refused() -> None:
+    assert (
+        "beside task: embed of the service: give one of the two"
+        in one("1x H200", task="embed", extra_args=["--runner", "pooling"])["problems"][0]
+    )
+    assert (
+        "has no flag for task: embed: take engine_version 0.6.4 or newer"
+        in one("1x A10", model=SMALL, task="embed", engine_version="0.6.3")["problems"][0]
+    )
 
 
 def test_ports_differ() -> None:
@@ -422,6 +506,8 @@ def test_services_on_one_cpu_share_its_memory() -> None:
         ({"objective": "speed"}, "objective is 'speed'; give one of throughput, latency"),
         ({"dtype": "int4"}, "dtype is 'int4'"),
         ({"runtime": "podman"}, "runtime is 'podman'; give one of container, venv"),
+        ({"task": "chat"}, "task is 'chat'; give one of generate, embed, score"),
+        ({"model": "BAAI/bge-m3", "task": "generate"}, "does not generate: give embed or score"),
         ({"executor": "slurm"}, "executor is 'slurm'; give one of ray, mp"),
         ({"port": 70000}, "port is 70000; give a port from 1 to 65535"),
         ({"enforce_eager": "perhaps"}, "enforce_eager is 'perhaps'; give true or false"),

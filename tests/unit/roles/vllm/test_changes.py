@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What the role does when the new configuration of a service does not start: its own tasks, with a stand-in for supervisorctl."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ansible_collections.baremetal.vllm.tests.fakes.openai_server import OpenAiServer
+
+ROOT = Path(__file__).parents[4]
+OLD = {
+    "venv": {"api_key": "sk-old\n", "env": "OLD=1\n", "start.sh": "old venv\n", "plan.json": "{}\n", "unit": "old unit\n"},
+    "container": {
+        "api_key": "sk-old\n", "env": "OLD=1\n", "start.sh": "old container\n", "serve.sh": "old serve\n", "plan.json": "{}\n",
+        "unit": "old unit\n",
+    },
+}  # fmt: skip
+
+
+class Host:
+    """A folder that stands for a host, and the role's variables for one service on it."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self.folder, self.config = folder, folder / "config/chat"
+        self.good = self.config / "good"
+        self.good.mkdir(parents=True)
+        self.unit = folder / "chat.conf"
+        supervisorctl = folder / "supervisorctl"
+        supervisorctl.write_text('#!/bin/sh\necho "$@" >>"$0.log"\necho RUNNING\n')
+        supervisorctl.chmod(0o755)
+        self.svc: dict[str, Any] = {
+            "name": "chat", "unit": "vllm-chat", "runtime": "venv", "standby": {}, "span": None, "headless": False,
+            "config_dir": str(self.config), "state_dir": str(folder / "state"), "unit_file": str(self.unit),
+            "api_key_file": str(self.config / "api_key"), "root_url": url, "model_path": "", "start_timeout": 20,
+            "pid_command": ["echo", "77"], "log_command": ["echo", "INFO"],
+        }  # fmt: skip
+
+    def write(self, folder: Path, files: dict[str, str]) -> None:
+        for name, text in files.items():
+            (folder / name).write_text(text)
+
+    def tasks(self, name: str, **variables: Any) -> str:
+        """Runs a file of the role's tasks; its output in one line."""
+        me = os.environ.get("USER") or subprocess.check_output(["id", "-un"], text=True).strip()
+        given = {
+            "svc": self.svc, "vllm_user": me, "__vllm_user_id": me, "__vllm_manager": "supervisor",
+            "__vllm_supervisorctl": [str(self.folder / "supervisorctl")], **variables,
+        }  # fmt: skip
+        begin = {"ansible.builtin.set_fact": {"__vllm_failures": []}}
+        end = {"ansible.builtin.debug": {"msg": "failures: {{ __vllm_failures | join(' + ') }}"}}
+        include = {"name": "baremetal.vllm.vllm", "tasks_from": name}
+        tasks = [begin, {"ansible.builtin.include_role": include, "vars": given}, end]
+        play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "tasks": tasks}
+        (self.folder / "play.yml").write_text(json.dumps([play]))
+        done = subprocess.run(
+            [sys.executable, "-m", "ansible", "playbook", "-i", "localhost,", str(self.folder / "play.yml")],
+            cwd=ROOT,
+            env={**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_PYTHON_INTERPRETER": sys.executable},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        return " ".join(done.stdout.split())
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Iterator[Host]:
+    with OpenAiServer() as server:
+        yield Host(tmp_path, server.url)
+
+
+@pytest.mark.parametrize(("before", "after"), [("venv", "container"), ("container", "venv"), ("venv", "venv")])
+def test_what_the_former_runtime_ran_with_comes_back(host: Host, before: str, after: str) -> None:
+    host.write(host.good, OLD[before])
+    host.write(host.config, {name: f"new {name}\n" for name in OLD[after] if name not in ("unit", "api_key")})
+    host.unit.write_text("new unit\n")
+    host.svc["runtime"] = after
+    output = host.tasks("restore", __vllm_reason="no such image", __vllm_away_since="1")
+    told = "failures: chat did not start with its new configuration; the one from before runs again. The reason: no such image"
+    assert told in output, output[-3000:]
+    there = {path.name: path.read_text() for path in host.config.iterdir() if path.is_file()}
+    assert there == {name: text for name, text in OLD[before].items() if name != "unit"}
+    assert host.unit.read_text() == "old unit\n"
+    assert oct(host.config.stat().st_mode)[-3:] == ("711" if before == "container" else "700")
+    assert "update vllm-chat" in (host.folder / "supervisorctl.log").read_text()
+
+
+# ---- the whole of a service's change, with files that need no template ----
+
+
+def change(host: Host, room: bool = False, **variables: Any) -> str:
+    start = host.config / "start.sh"
+    owner = {"owner": "{{ __vllm_user_id }}", "mode": "0600"}
+    given = {
+        "__vllm_number": 0, "__vllm_all": [host.svc], "__vllm_differs": True, "__vllm_runs": True, "__vllm_given_key": "sk-new",
+        "__vllm_run_files": [{"path": str(start), "content": "new\n", **owner}],
+        "__vllm_unit_file": {"path": str(host.unit), "content": "new unit\n", **owner},
+        "__vllm_told_files": [], "__vllm_measured_file": {"path": str(host.config / "measured.json"), "content": "{}", **owner},
+        "__vllm_wait_for": {
+            "url": f"{host.svc['root_url']}/health", "pid_command": ["echo", "77"], "log_command": ["echo", "ValueError: no luck"],
+            "timeout": 1,
+        },
+        "__vllm_probe": {"fingerprints": {str(host.config / "endpoint.json"): "", str(host.unit): ""}},
+    }  # fmt: skip
+    host.svc |= {"room": room, "endpoint_files": [str(host.config / "endpoint.json")]}
+    return host.tasks("service", **given | variables)
+
+
+NOBODY = "http://127.0.0.1:9"
+
+
+def test_a_service_that_does_not_start_ends_no_run(host: Host) -> None:
+    host.svc["root_url"] = NOBODY
+    output = change(host)
+    assert (
+        "failures: chat did not start, and there is no configuration of it that worked before: vLLM does not answer"
+        in output
+    )
+    assert "stop vllm-chat" in (host.folder / "supervisorctl.log").read_text()
+    assert "failed=0" in output and not list(host.good.iterdir())
+
+
+def test_when_neither_starts_both_reasons_are_told(host: Host) -> None:
+    host.svc |= {"root_url": NOBODY, "start_timeout": 1}
+    host.write(host.good, OLD["venv"])
+    output = change(host)
+    assert (
+        "failures: chat did not start with its new configuration, and does not run again as before (vLLM does not answer"
+        in output
+    )
+    assert "failed=0" in output
+
+
+def test_what_works_is_kept(host: Host) -> None:
+    host.write(host.good, {"serve.sh": "of the runtime before\n"})
+    output = change(host)
+    assert "failed=0" in output and "did not start" not in output, output[-3000:]
+    assert {path.name: path.read_text() for path in host.good.iterdir()} == {
+        "api_key": "sk-new\n", "start.sh": "new\n", "unit": "new unit\n",
+    }  # fmt: skip
+
+
+def test_of_a_service_over_several_hosts_nothing_is_put_back(host: Host) -> None:
+    """What it was on one host before is not started in its place, and the message says how to get it back."""
+    host.svc |= {"root_url": NOBODY, "span": {"hosts": ["one", "two"]}}
+    host.write(host.good, OLD["venv"])
+    record = {"pins": {"engine_version": "0.25.1", "hosts": ["one", "two"]}}
+    output = change(
+        host,
+        __vllm_probe={"fingerprints": {str(host.config / "endpoint.json"): "sum 0644 root"}},
+        __vllm_records={"files": {str(host.config / "plan.json"): json.dumps(record)}},
+    )
+    assert (
+        "failures: chat did not start with its new configuration and is stopped, and nothing was put back" in output
+    ), output[-3000:]
+    assert '\\"engine_version\\": \\"0.25.1\\"' in output or '"engine_version": "0.25.1"' in output
+    assert (
+        "undo the change in the inventory and run site.yml, and it runs so again. The reason: vLLM does not answer"
+        in output
+    )
+    assert not host.good.exists()
+    assert (host.config / "start.sh").read_text() == "new\n"
+
+
+def stand_by(host: Host, log: str) -> str:
+    """A change with room for a second server, which says this and does not start; its service itself would."""
+    host.svc |= {"room": True, "standby": {
+        **host.svc, "unit": "vllm-chat-standby", "config_dir": str(host.config / "standby"), "root_url": NOBODY,
+        "log_file": str(host.folder / "standby.log"), "log_command": ["echo", log],
+    }}  # fmt: skip
+    del host.svc["standby"]["standby"]
+    wait = {
+        "url": "{{ svc.root_url }}/health",
+        "pid_command": ["echo", "77"],
+        "log_command": "{{ svc.log_command }}",
+        "timeout": 1,
+    }
+    (host.config / "standby").mkdir()
+    return change(host, room=True, __vllm_by_plan=[{"room": True}], __vllm_wait_for=wait)
+
+
+def test_a_second_server_without_room_is_done_without(host: Host) -> None:
+    output = stand_by(host, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 224.00 MiB")
+    assert (
+        "chat is restarted with no other server to stand by, for which there was no room: vLLM does not answer"
+        in output
+    ), output[-3000:]
+    assert "CUDA out of memory" in output and "chat was away for" in output
+    assert "failures: chat" not in output and "failed=0" in output
+    assert (host.good / "start.sh").read_text() == "new\n" and not (host.config / "standby").exists()
+
+
+def test_a_second_server_that_cannot_start_anywhere_leaves_the_first_alone(host: Host) -> None:
+    host.write(host.good, OLD["venv"])
+    output = stand_by(host, "error: unrecognized arguments: --no-such")
+    assert (
+        "failures: chat did not start with its new configuration; the one from before runs again. The reason:" in output
+    ), output[-3000:]
+    asked = (host.folder / "supervisorctl.log").read_text().splitlines()
+    assert asked and not [line for line in asked if line.endswith(" vllm-chat")]
