@@ -267,6 +267,36 @@ class TestContainer:
         ]
         assert not [word for word in mounts if "metrics" in word or "llm," in word]
 
+    @pytest.mark.parametrize(
+        ("extra", "paths"),
+        [
+            (["--chat-template", "{{ messages[0].content }} /no_think"], []),
+            (["--chat-template", "{% for m in messages %}\n/think {{ m }}{% endfor %}"], []),
+            (["--tool-parser-plugin", "/srv/a.py,/srv/b.py"], ["/srv/a.py", "/srv/b.py"]),
+            (["--lora-modules", "a=/srv/a", "b=/srv/b"], ["/srv/a", "/srv/b"]),
+            (["--lora-modules", '{"name": "a", "path": "/srv/a"}'], ["/srv/a"]),
+            (['--speculative-config={"model": "/srv/draft", "x": [{"y": "/srv/z"}]}'], ["/srv/draft", "/srv/z"]),
+            (["--chat-template", "/srv/my templates/t.jinja"], ["/srv/my templates/t.jinja"]),
+            (["--served-model-name", "m", "/mine"], []),
+        ],
+    )
+    def test_what_is_a_file_and_what_is_not(self, extra: list[str], paths: list[str]) -> None:
+        mounts = [word for word in in_container(extra_args=extra)["run_options"] if word.startswith("--mount")]
+        sources = [word.split("src=")[1].split(",dst=")[0] for word in mounts]
+        own = ["/etc/vllm/chat", "/opt/vllm/lib", "/srv/models/random-llama", "/var/lib/vllm/chat"]
+        assert sorted(set(sources) - set(own)) == paths
+
+    def test_a_snapshot_of_the_hubs_cache_has_its_links_there(self) -> None:
+        """Its files are links to ../../blobs."""
+        cache = "/root/.cache/huggingface/hub/models--Qwen--Qwen2.5-7B"
+        draft = "/srv/hub/models--a--b"
+        svc = in_container(
+            model_path=f"{cache}/snapshots/0123abcd/", extra_args=["--speculative-model", f"{draft}/snapshots/main"]
+        )
+        sources = [word.split("src=")[1].split(",")[0] for word in svc["run_options"] if word.startswith("--mount")]
+        assert cache in sources and draft in sources
+        assert not [source for source in sources if "snapshots" in source]
+
     def test_the_one_that_stands_by(self) -> None:
         svc = in_container()
         other = svc["standby"]
