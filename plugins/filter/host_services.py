@@ -184,6 +184,9 @@ def _container(
         devices = ["--runtime=nvidia", f"--env=NVIDIA_VISIBLE_DEVICES={','.join(map(str, gpus))}"]
     elif gpus:
         devices = ["--gpus", f'"device={",".join(map(str, gpus))}"']  # the quotes are Docker's own, for the commas
+    if gpus:
+        # As NCCL's manual asks for: network cards lock the buffers that they read, and Docker's limit is some MiB.
+        devices.append("--ulimit=memlock=-1")
     return {
         "closed": [
             "--init",

@@ -297,6 +297,12 @@ class TestContainer:
         assert cache in sources and draft in sources
         assert not [source for source in sources if "snapshots" in source]
 
+    def test_memory_of_gpus_may_be_locked(self) -> None:
+        """NCCL registers buffers with network cards, which Docker's limit of some MiB does not allow."""
+        assert "--ulimit=memlock=-1" in in_container()["run_options"]
+        (svc,) = here("one", service(hosts=["one"], runtime="container"))
+        assert not [word for word in svc["run_options"] if "memlock" in word]
+
     def test_the_one_that_stands_by(self) -> None:
         svc = in_container()
         other = svc["standby"]
