@@ -166,8 +166,8 @@ def _named(args: list[str]) -> list[str]:
 def _container(
     svc: dict[str, Any], plan: dict[str, Any], host: str, lib: str, model: str, settings: dict[str, Any]
 ) -> dict[str, list[str]]:
-    """Arguments of C(docker run) for every container that works for a service: C(closed), what it may not do, C(devices)
-    and C(mounts). Secrets are in files that the container reads."""
+    """Arguments of C(docker run) for every container that works for a service: C(closed), what it may not do, C(devices),
+    C(marks) and C(mounts). Secrets are in files that the container reads."""
     options = settings["container"]
     own = [f"{settings[key]}/{svc['name']}" for key in ("config_dir", "state_dir")]
     # A path below one that is there already would be a mount on a read-only file system.
@@ -187,6 +187,7 @@ def _container(
     if gpus:
         # As NCCL's manual asks for: network cards lock the buffers that they read, and Docker's limit is some MiB.
         devices.append("--ulimit=memlock=-1")
+    checksum = image_reference(plan["image"], settings)["checksum"]
     return {
         "closed": [
             "--init",
@@ -199,6 +200,8 @@ def _container(
             f"--ulimit=nofile={options['nofile']}:{options['nofile']}",
         ],
         "devices": devices,
+        # Another archive may hold another image under the same name, for which the service has to be started anew.
+        "marks": [f"--label=baremetal.vllm.archive={checksum}"] if checksum else [],
         "mounts": [
             *(f"--mount=type=bind,src={path},dst={path},readonly" for path in seen),
             f"--mount=type=bind,src={own[1]},dst={own[1]}",
@@ -227,6 +230,7 @@ def _run_options(svc: dict[str, Any], parts: dict[str, list[str]], stop: int) ->
         "--health-retries=3",
         "--health-start-period=1h",
         *parts["devices"],
+        *parts["marks"],
         *parts["mounts"],
         f"--workdir={svc['state_dir']}",
         *parts["user"],

@@ -303,6 +303,20 @@ class TestContainer:
         (svc,) = here("one", service(hosts=["one"], runtime="container"))
         assert not [word for word in svc["run_options"] if "memlock" in word]
 
+    def test_another_archive_is_another_container(self) -> None:
+        """The tag is the same, so that the archive's checksum is what tells them apart."""
+        image = in_container()["image"]["reference"]
+        asked = [service(runtime="container", gpus=[1, 2], tensor_parallel_size=1)]
+        labels = []
+        for digit in "ab":
+            images = {image: {"archive": "/a.tar", "checksum": "sha256:" + digit * 64}}
+            settings = {**SETTINGS, "container": {**SETTINGS["container"], "images": images}}
+            settings["gpu"] = {"gpus": GPU_HOST["gpus"], "cpu": {}}
+            (svc,) = host_services(vllm_plan(asked, [GPU_HOST]), "one", asked, settings)
+            labels.append([word for word in svc["run_options"] if word.startswith("--label=baremetal.vllm.archive=")])
+        assert len(labels[0]) == len(labels[1]) == 1 and labels[0] != labels[1]
+        assert not [word for word in in_container()["run_options"] if "vllm.archive" in word]
+
     def test_the_one_that_stands_by(self) -> None:
         svc = in_container()
         other = svc["standby"]
