@@ -29,9 +29,16 @@ def bench(folder: Path, served: dict[str, list[str]], *arguments: str) -> tuple[
         "vllm_services": [{"name": "chat", "model": "m"}, {"name": "embed", "model": "m"}],
         "vllm_config_dir": f"{folder}/{{{{ inventory_hostname }}}}",
     }
-    (folder / "hosts.json").write_text(json.dumps({"all": {"hosts": dict.fromkeys(served, {}), "vars": variables}}))
+    (folder / "hosts.json").write_text(json.dumps({"all": {"hosts": {host: {} for host in served}, "vars": variables}}))
     done = subprocess.run(
-        [ROOT / ".venv/bin/ansible-playbook", "playbooks/bench.yml", "-i", folder / "hosts.json", "--check", *arguments],
+        [
+            ROOT / ".venv/bin/ansible-playbook",
+            "playbooks/bench.yml",
+            "-i",
+            folder / "hosts.json",
+            "--check",
+            *arguments,
+        ],
         cwd=ROOT,
         env={**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_COLLECTIONS_PATH": str(ROOT / "collections")},
         stdin=subprocess.DEVNULL,
