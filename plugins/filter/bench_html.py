@@ -11,11 +11,12 @@ version_added: 0.1.0
 author: baremetal.vllm maintainers (@baremetal-vllm)
 description:
   - Throughput and latency over the number of clients, one colour a run, then each run's table.
-  - Each table says how much higher its figures are than those of the last run of the list.
-positional: heading
+  - Each table says how much higher its figures are than those of the run of the same load before it, as
+    P(baremetal.vllm.bench_text#filter) does. Runs of other loads than the first one's are left out.
+positional: heading, shown
 options:
   _input:
-    description: Runs as the role C(bench) keeps them, of one task.
+    description: Runs as the role C(bench) keeps them. The page is about the first one.
     type: list
     elements: dict
     required: true
@@ -23,6 +24,9 @@ options:
     description: Heading of the page.
     type: str
     default: vLLM benchmark
+  shown:
+    description: How many of the other runs are shown, the latest ones. Left out, all of them are.
+    type: int
 """
 
 EXAMPLES = r"""
@@ -44,16 +48,14 @@ from typing import Any
 from ansible.errors import AnsibleFilterError
 
 
-def bench_html(runs: Any, heading: str = "vLLM benchmark") -> str:
+def bench_html(runs: Any, heading: str = "vLLM benchmark", shown: int | None = None) -> str:
     if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) and run.get("levels") for run in runs):
         raise AnsibleFilterError(
             "bench_html: the input is no list of runs with levels; give it files that the role bench wrote"
         )
-    if len({run["task"] for run in runs}) > 1:
-        raise AnsibleFilterError("bench_html: the runs are of different tasks, whose figures cannot share a plot")
     from ansible_collections.baremetal.vllm.plugins.plugin_utils import bench
 
-    return bench.as_html(runs, heading)
+    return bench.as_html(runs, heading, shown)
 
 
 class FilterModule:

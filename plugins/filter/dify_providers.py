@@ -15,7 +15,9 @@ description:
   - Holds no key; C(api_key_file) says where it lies.
 options:
   _input:
-    description: What the role C(vllm) or the role C(proxy) tells clients, one entry an endpoint (endpoint.json, endpoints.json).
+    description:
+      - What the roles C(vllm) and C(proxy) tell clients, one entry an endpoint (endpoint.json, endpoints.json). A service that
+        the proxy passes on is shown as the proxy has it.
     type: list
     elements: dict
     required: true
@@ -70,8 +72,11 @@ def _credentials(endpoint: dict[str, Any]) -> dict[str, str]:
 
 
 def dify_providers(endpoints: Any) -> list[dict[str, Any]]:
+    # Entries of the proxy name hosts.
+    proxied = [endpoint for endpoint in endpoints if "hosts" in endpoint]
+    names = {endpoint.get("service") for endpoint in proxied}
     found = []
-    for endpoint in endpoints:
+    for endpoint in [*proxied, *(one for one in endpoints if "hosts" not in one and one.get("service") not in names)]:
         if endpoint.get("task") not in MODEL_TYPES:
             raise AnsibleFilterError(
                 f"dify_providers: task is {endpoint.get('task')!r}: give entries of endpoint.json, whose task is one of "

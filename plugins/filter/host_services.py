@@ -53,8 +53,8 @@ _value:
   elements: dict
 """
 
+import json
 import re
-from itertools import pairwise
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
@@ -69,8 +69,8 @@ SERVER = ["-m", "baremetal_serve"]
 ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
 # A server that is told to stop gets this much longer than its requests.
 STOP_MARGIN_S = 30
-# Absolute paths in an argument: alone, behind NAME= (LoRA adapters), or as a value of JSON.
-PATHS = re.compile(r"""(?:^|[=\s"'])(/[^\s"',:;]+)""")
+# A model in the hub's cache: its files are links to the folder `blobs` beside `snapshots`.
+SNAPSHOT = re.compile(r"(.*/models--[^/]+)/snapshots/.+")
 # Their values look like paths of files and are none.
 NO_FILES = ("--served-model-name", "--root-path", "--disable-access-log-for-endpoints")
 # Memory that a server's start takes beyond what was planned for it.
@@ -134,22 +134,46 @@ def _room(plan: dict[str, Any], host: str, device: str, facts: dict[str, Any]) -
     )
 
 
+def _files(value: Any) -> list[str]:
+    """Absolute paths in an argument: alone or several with commas, behind NAME= (LoRA adapters), or as values of JSON. A
+    template that stands there itself, instead of its file, is none."""
+    if isinstance(value, dict | list):
+        return [path for one in (value.values() if isinstance(value, dict) else value) for path in _files(one)]
+    if not isinstance(value, str):
+        return []
+    if re.match(r"\s*[{\[]", value):
+        try:
+            return _files(json.loads(value))
+        except ValueError:
+            return []
+    if re.search(r"[{}\n]", value):
+        return []
+    return [path for path in re.sub(r"^[^/=]+=", "", value).split(",") if path.startswith("/")]
+
+
+def _named(args: list[str]) -> list[str]:
+    """Files that arguments name."""
+    found, option = [], ""
+    for arg in args:
+        value = arg
+        if arg.startswith("--"):
+            option, _, value = arg.partition("=")
+        if option not in NO_FILES:
+            found += _files(value)
+    return found
+
+
 def _container(
     svc: dict[str, Any], plan: dict[str, Any], host: str, lib: str, model: str, settings: dict[str, Any]
 ) -> dict[str, list[str]]:
-    """Arguments of C(docker run) for every container that works for a service: C(closed), what it may not do, C(devices)
-    and C(mounts). Secrets are in files that the container reads."""
+    """Arguments of C(docker run) for every container that works for a service: C(closed), what it may not do, C(devices),
+    C(marks) and C(mounts). Secrets are in files that the container reads."""
     options = settings["container"]
     own = [f"{settings[key]}/{svc['name']}" for key in ("config_dir", "state_dir")]
-    named = [
-        path
-        for before, arg in pairwise(["", *plan["args"]])
-        if before not in NO_FILES and arg.split("=", 1)[0] not in NO_FILES
-        for path in PATHS.findall(arg)
-    ]
     # A path below one that is there already would be a mount on a read-only file system.
     seen: list[str] = []
-    for path in sorted({lib, own[0], model, *named} - {"", "/"}):
+    named = [SNAPSHOT.sub(r"\1", path.rstrip("/")) for path in (model, *_named(plan["args"]))]
+    for path in sorted({lib, own[0], *named} - {""}):
         if not any(path == other or path.startswith(f"{other}/") for other in [*seen, own[1]]):
             seen.append(path)
     gpus = plan["gpu_uuids"].get(host) or plan["gpus"].get(host, [])
@@ -160,6 +184,10 @@ def _container(
         devices = ["--runtime=nvidia", f"--env=NVIDIA_VISIBLE_DEVICES={','.join(map(str, gpus))}"]
     elif gpus:
         devices = ["--gpus", f'"device={",".join(map(str, gpus))}"']  # the quotes are Docker's own, for the commas
+    if gpus:
+        # As NCCL's manual asks for: network cards lock the buffers that they read, and Docker's limit is some MiB.
+        devices.append("--ulimit=memlock=-1")
+    checksum = image_reference(plan["image"], settings)["checksum"]
     return {
         "closed": [
             "--init",
@@ -172,6 +200,8 @@ def _container(
             f"--ulimit=nofile={options['nofile']}:{options['nofile']}",
         ],
         "devices": devices,
+        # Another archive may hold another image under the same name, for which the service has to be started anew.
+        "marks": [f"--label=baremetal.vllm.archive={checksum}"] if checksum else [],
         "mounts": [
             *(f"--mount=type=bind,src={path},dst={path},readonly" for path in seen),
             f"--mount=type=bind,src={own[1]},dst={own[1]}",
@@ -200,6 +230,7 @@ def _run_options(svc: dict[str, Any], parts: dict[str, list[str]], stop: int) ->
         "--health-retries=3",
         "--health-start-period=1h",
         *parts["devices"],
+        *parts["marks"],
         *parts["mounts"],
         f"--workdir={svc['state_dir']}",
         *parts["user"],

@@ -10,7 +10,8 @@ short_description: One line with what was planned for an engine and what it meas
 version_added: 0.1.0
 author: baremetal.vllm maintainers (@baremetal-vllm)
 description:
-  - Compares weights and KV cache of a plan with what M(baremetal.vllm.vllm_wait) read from the engine's log.
+  - Compares weights and KV cache of a plan with what M(baremetal.vllm.vllm_wait) read from the engine's log. A KV cache that
+    holds clearly fewer tokens than planned (by more than 10%) is marked, with where to look.
 options:
   _input:
     description: The file C(measured.json) that the role keeps beside each service, with C(planned), C(measured) and C(seconds).
@@ -40,6 +41,9 @@ ROWS = (
     ("weights_gib", "weights", "GiB"),
     ("kv_cache_gib", "KV cache", "GiB"),
 )
+# A KV cache that is smaller than planned by more than this (percent) holds fewer requests than the plan promised.
+CLEARLY = 10
+BELOW = ": BELOW PLAN, see which other processes hold memory of the GPUs, and which extra_args take some"
 
 
 def plan_against_measured(seen: Mapping[str, Any]) -> str:
@@ -50,7 +54,9 @@ def plan_against_measured(seen: Mapping[str, Any]) -> str:
             continue
         part = f"{words} {measured[key]} {unit}"
         if planned.get(key):
-            part += f", planned {planned[key]} ({(measured[key] / planned[key] - 1) * 100:+.1f} %)"
+            percent = round((measured[key] / planned[key] - 1) * 100, 1)
+            below = BELOW if key == "kv_cache_tokens" and percent < -CLEARLY else ""
+            part += f", planned {planned[key]} ({percent:+.1f} %{below})"
         parts.append(part)
     if measured.get("engines", 1) > 1:
         parts.append(f"each of {measured['engines']} replicas")

@@ -14,7 +14,8 @@ import subprocess
 import tempfile
 import threading
 
-# A client prints it when it has loaded everything and waits for a line on its standard input.
+# A client prints it when it has loaded everything and waits for a line on its standard input, which then stays open: a client
+# whose input has ended ends itself.
 READY = "BAREMETAL_BENCH_READY"
 
 
@@ -71,10 +72,14 @@ class Client(threading.Thread):
     def begin(self):
         try:
             self.process.stdin.write(b"go\n")
-            self.process.stdin.close()
+            self.process.stdin.flush()
         except (IOError, OSError):  # it has ended; its output says why
             pass
 
     def kill(self):
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
+        try:
+            self.process.stdin.close()
+        except (IOError, OSError):
+            pass

@@ -13,7 +13,8 @@ short_description: Have a container image on the host, from a registry or from a
 version_added: 0.1.0
 description:
   - Pulls an image that is not there, or loads it from an archive that C(docker save) has made. One that is there is left
-    as it is. Needs the program C(docker) and nothing else, unlike modules that need Docker's SDK for Python on the host.
+    as it is, unless O(checksum) tells that another archive is to be had under its name. Needs the program C(docker) and nothing
+    else, unlike modules that need Docker's SDK for Python on the host.
   - With O(base) it is made on the host, from another image and Python packages. That needs no builder of Docker. What pip is told
     on the host (F(/etc/pip.conf), proxies in the environment) holds while it is made, and is not in the image.
   - Registries that ask for a login take what C(docker login) has kept for the user.
@@ -26,7 +27,9 @@ options:
     description: A file on the host that holds the image under this very name.
     type: path
   checksum:
-    description: What the archive must be, C(sha256:) and 64 digits.
+    description:
+      - What the archive must be, C(sha256:) and 64 digits. F(/var/lib/baremetal/images.json) keeps which image came from it, so
+        that a further run need not read it. Without a checksum, an archive is looked at only while its image is not there.
     type: str
   base:
     description:
@@ -89,6 +92,8 @@ from ansible.module_utils.basic import AnsibleModule
 
 # Of an image that was made here: the id of its base, and what was added.
 LABEL = "baremetal.vllm.made_of"
+# Reference -> id and checksum of an image that came from an archive. The role vllm reads it, too.
+STAMP = "/var/lib/baremetal/images.json"
 HELD = """
 import importlib.metadata, sys
 for package in sys.argv[1:]:
@@ -134,6 +139,26 @@ def identity(module, reference):
     return output.strip() if code == 0 else ""
 
 
+def stamps():
+    try:
+        with open(STAMP) as handle:
+            return dict(json.load(handle))
+    except (IOError, OSError, ValueError, TypeError):
+        return {}
+
+
+def stamp(module, reference, found, checksum):
+    """Remembers that an image came from the archive with this checksum."""
+    folder = os.path.dirname(STAMP)
+    if not os.path.isdir(folder):
+        os.makedirs(folder, 0o755)
+    fresh = "%s.%d" % (STAMP, os.getpid())
+    with open(fresh, "w") as handle:
+        json.dump(dict(stamps(), **{reference: {"id": found, "checksum": checksum}}), handle, indent=2, sort_keys=True)
+        handle.write("\n")
+    module.atomic_move(fresh, STAMP)
+
+
 def load(module, params):
     archive, wanted = params["archive"], params["checksum"]
     if not os.path.isfile(archive):
@@ -156,6 +181,8 @@ def load(module, params):
             msg="archive %s holds %s, not %s: give that as reference, or save the image under its name"
             % (archive, names, params["reference"])
         )
+    if wanted:
+        stamp(module, params["reference"], found, wanted)
     return found
 
 
@@ -286,8 +313,17 @@ def main():
             module.exit_json(changed=not is_made(module, params, wanted), id=found)
         module.exit_json(changed=True, id=make(module, params, wanted))
     found = identity(module, params["reference"])
-    if found or module.check_mode:
-        module.exit_json(changed=not found, id=found)
+    wanted = {"id": found, "checksum": params["checksum"]}
+    known = stamps().get(params["reference"])
+    current = found and (not params["archive"] or not params["checksum"] or known == wanted)
+    if found and not current and not known and not os.path.exists(params["archive"]):
+        module.warn(
+            "archive %s is not on the host any more, so that nothing says whether image %s is of it: copy it there again, or "
+            "take it out of vllm_images" % (params["archive"], params["reference"])
+        )
+        current = True
+    if current or module.check_mode:
+        module.exit_json(changed=not current, id=found)
     module.exit_json(changed=True, id=(load if params["archive"] else pull)(module, params))
 
 

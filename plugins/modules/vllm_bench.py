@@ -137,9 +137,19 @@ from ansible_collections.baremetal.vllm.plugins.module_utils.bench_processes imp
 MARK = "BAREMETAL_BENCH_RESULT "
 # Runs `vllm bench serve` and prints its result file, so that nothing has to be copied out of a container. Builds of other
 # names than vllm lack the metadata that vLLM's command line asks for first. It begins to send when it is told to, so that
-# several of them measure the same seconds.
+# several of them measure the same seconds, and ends with all that it started when its standard input does: what is killed
+# outside of a container is `docker exec` alone. The thread reads the bare descriptor, as a lock of sys.stdin that a thread
+# holds at the end of Python is an error.
 LAUNCHER = """
-import importlib.metadata as metadata, sys, tempfile
+import importlib.metadata as metadata, os, signal, sys, tempfile, threading
+told = threading.Event()
+def listen():
+    while os.read(0, 64):
+        told.set()
+    os.killpg(0, signal.SIGKILL)
+if os.getpgrp() != os.getpid():
+    os.setpgid(0, 0)
+threading.Thread(target=listen, daemon=True).start()
 installed = metadata.version
 def version(name):
     try:
@@ -155,7 +165,7 @@ import vllm.benchmarks.serve as serve
 benchmark = serve.benchmark
 async def wait_and_benchmark(*positional, **named):
     print("\\n%s", flush=True)
-    sys.stdin.readline()
+    told.wait()
     return await benchmark(*positional, **named)
 serve.benchmark = wait_and_benchmark
 with tempfile.TemporaryDirectory() as folder:

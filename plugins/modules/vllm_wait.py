@@ -172,9 +172,11 @@ MEASURED = (
     (re.compile(r"Available KV cache memory: (?P<kv_cache_gib>[\d.]+) GiB"), "first"),
     (re.compile(r"Model loading took (?P<weights_gib>[\d.]+) Gi?B"), "first"),
     (re.compile(r"Graph capturing finished in [\d.]+ secs, took (?P<cuda_graph_gib>[\d.]+) GiB"), "first"),
-    # The V0 core counts blocks of 16 tokens.
+    # The V0 core counts blocks.
     (re.compile(r"# (?:GPU|cuda|cpu) blocks: (?P<blocks>\d+)"), "least"),
 )
+# Tokens in a block, as the server names its arguments; else the V0 core's own number.
+BLOCK = re.compile(r"\bblock_size'?[=:] ?(\d+)")
 V0_BLOCK = 16
 # Until anything is loaded: Python, the engine's processes, compiling, and what a busy machine adds.
 BASE_S = 600
@@ -254,7 +256,8 @@ def measured(log):
             if name in ("kv_cache_tokens", "blocks"):
                 found["engines"] = len(numbers)
     if "blocks" in found:
-        found.setdefault("kv_cache_tokens", found.pop("blocks") * V0_BLOCK)
+        size = BLOCK.search(log)
+        found.setdefault("kv_cache_tokens", found.pop("blocks") * (int(size.group(1)) if size else V0_BLOCK))
     if "kv_cache_tokens" in found:
         found["kv_cache_tokens"] = int(found["kv_cache_tokens"])
     return found

@@ -90,13 +90,16 @@ def title(run: Run) -> str:
     return f"{label}{run['service']} on {run['host']} ({run['model']}), {lengths}, {run['date']}"
 
 
+def _compared(before: Run | None) -> str:
+    return f"compared with {before['date']}" if before else "no earlier run of the same load to compare with"
+
+
 def as_text(run: Run, before: Run | None = None) -> str:
     """The run as a table of plain text, with what changed since the run before."""
     heads, body = _cells(run, before)
     widths = [max(map(len, column)) for column in zip(heads, *body, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in [heads, *body]]
-    last = f"compared with {before['date']}" if before else "no earlier run of the same load to compare with"
-    return "\n".join([title(run), *lines, last])
+    return "\n".join([title(run), *lines, _compared(before)])
 
 
 # ----------------------------------------------------------------------------------------------------------- page
@@ -175,9 +178,12 @@ def _name(run: Run) -> str:
     return f"{run['label']} ({run['date']})" if run.get("label") else str(run["date"])
 
 
-def as_html(runs: Sequence[Run], heading: str = "vLLM benchmark") -> str:
-    """Runs of one kind of load, the latest first, as one page that needs nothing else: plots of throughput and latency
-    over the number of clients, then each run's table. Each table is compared with the last run in the list."""
+def as_html(runs: Sequence[Run], heading: str = "vLLM benchmark", shown: int | None = None) -> str:
+    """The first run, and the latest so many of the others that are comparable, as one page that needs nothing else: plots
+    of throughput and latency over the number of clients, then each run's table, compared as the one of plain text is."""
+    others = [other for other in runs[1:] if comparable(runs[0], other)]
+    others.sort(key=lambda other: str(other["date"]), reverse=True)
+    runs, there = [runs[0], *others[:shown]], [runs[0], *others]
     key = THROUGHPUT[runs[0]["task"]]
     plots = []
     for words, wanted in (
@@ -202,11 +208,14 @@ def as_html(runs: Sequence[Run], heading: str = "vLLM benchmark") -> str:
     )
     tables = []
     for run in runs:
-        heads, body = _cells(run, runs[-1] if run is not runs[-1] else None)
+        before = previous(run, there)
+        heads, body = _cells(run, before)
         rows = ["".join(f"<th>{escape(head)}</th>" for head in heads)]
         rows += ["".join(f"<td>{escape(cell)}</td>" for cell in cells) for cells in body]
         tables.append(
-            f"<h2>{escape(title(run))}</h2>\n<table>" + "\n".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+            f"<h2>{escape(title(run))}</h2>\n<table>"
+            + "\n".join(f"<tr>{row}</tr>" for row in rows)
+            + f"</table>\n<p>{escape(_compared(before))}</p>"
         )
     parts = "\n".join([f'<p class="legend">{legend}</p>', f'<div class="plots">{"".join(plots)}</div>', *tables])
     return f"""<!DOCTYPE html>

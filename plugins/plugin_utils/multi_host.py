@@ -189,7 +189,9 @@ def _contained(service: dict[str, Any], here: Mapping[str, str], lib: str, ray_v
             **service,
             "inside": node,
             "image": {**service["image"], "ray": image},
-            "node_options": [word for part in ("closed", "log", "devices", "mounts", "user") for word in parts[part]],
+            "node_options": [
+                word for part in ("closed", "log", "devices", "marks", "mounts", "user") for word in parts[part]
+            ],
             "told": {**told, "python": [node if word == service["unit"] else word for word in told["python"]]},
         }
     else:

@@ -8,8 +8,11 @@ import os
 import shutil
 import struct
 import subprocess
+import threading
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +104,27 @@ class Host:
     @property
     def address(self) -> str:
         return out("docker", "inspect", "--format", "{{.NetworkSettings.IPAddress}}", self.name)
+
+
+@contextmanager
+def watched(seen: set[str]) -> Iterator[None]:
+    """Adds the command line of each process that lives for a tenth of a second while a block runs. This machine's list has those
+    of its containers, and of the containers in those. What processes have in their environment is not looked at."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.1):
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                with suppress(OSError):  # it has gone
+                    seen.add(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def play(

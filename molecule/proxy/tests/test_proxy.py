@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+testinfra_hosts = ["ansible://proxy-debian12"]
 CLIENT = """
 import json, ssl, sys, threading, time, urllib.error, urllib.request
 url, body, many, insecure = json.loads(sys.argv[1])

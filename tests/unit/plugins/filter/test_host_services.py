@@ -267,6 +267,56 @@ class TestContainer:
         ]
         assert not [word for word in mounts if "metrics" in word or "llm," in word]
 
+    @pytest.mark.parametrize(
+        ("extra", "paths"),
+        [
+            (["--chat-template", "{{ messages[0].content }} /no_think"], []),
+            (["--chat-template", "{% for m in messages %}\n/think {{ m }}{% endfor %}"], []),
+            (["--tool-parser-plugin", "/srv/a.py,/srv/b.py"], ["/srv/a.py", "/srv/b.py"]),
+            (["--lora-modules", "a=/srv/a", "b=/srv/b"], ["/srv/a", "/srv/b"]),
+            (["--lora-modules", '{"name": "a", "path": "/srv/a"}'], ["/srv/a"]),
+            (['--speculative-config={"model": "/srv/draft", "x": [{"y": "/srv/z"}]}'], ["/srv/draft", "/srv/z"]),
+            (["--chat-template", "/srv/my templates/t.jinja"], ["/srv/my templates/t.jinja"]),
+            (["--served-model-name", "m", "/mine"], []),
+        ],
+    )
+    def test_what_is_a_file_and_what_is_not(self, extra: list[str], paths: list[str]) -> None:
+        mounts = [word for word in in_container(extra_args=extra)["run_options"] if word.startswith("--mount")]
+        sources = [word.split("src=")[1].split(",dst=")[0] for word in mounts]
+        own = ["/etc/vllm/chat", "/opt/vllm/lib", "/srv/models/random-llama", "/var/lib/vllm/chat"]
+        assert sorted(set(sources) - set(own)) == paths
+
+    def test_a_snapshot_of_the_hubs_cache_has_its_links_there(self) -> None:
+        """Its files are links to ../../blobs."""
+        cache = "/root/.cache/huggingface/hub/models--Qwen--Qwen2.5-7B"
+        draft = "/srv/hub/models--a--b"
+        svc = in_container(
+            model_path=f"{cache}/snapshots/0123abcd/", extra_args=["--speculative-model", f"{draft}/snapshots/main"]
+        )
+        sources = [word.split("src=")[1].split(",")[0] for word in svc["run_options"] if word.startswith("--mount")]
+        assert cache in sources and draft in sources
+        assert not [source for source in sources if "snapshots" in source]
+
+    def test_memory_of_gpus_may_be_locked(self) -> None:
+        """NCCL registers buffers with network cards, which Docker's limit of some MiB does not allow."""
+        assert "--ulimit=memlock=-1" in in_container()["run_options"]
+        (svc,) = here("one", service(hosts=["one"], runtime="container"))
+        assert not [word for word in svc["run_options"] if "memlock" in word]
+
+    def test_another_archive_is_another_container(self) -> None:
+        """The tag is the same, so that the archive's checksum is what tells them apart."""
+        image = in_container()["image"]["reference"]
+        asked = [service(runtime="container", gpus=[1, 2], tensor_parallel_size=1)]
+        labels = []
+        for digit in "ab":
+            images = {image: {"archive": "/a.tar", "checksum": "sha256:" + digit * 64}}
+            settings = {**SETTINGS, "container": {**SETTINGS["container"], "images": images}}
+            settings["gpu"] = {"gpus": GPU_HOST["gpus"], "cpu": {}}
+            (svc,) = host_services(vllm_plan(asked, [GPU_HOST]), "one", asked, settings)
+            labels.append([word for word in svc["run_options"] if word.startswith("--label=baremetal.vllm.archive=")])
+        assert len(labels[0]) == len(labels[1]) == 1 and labels[0] != labels[1]
+        assert not [word for word in in_container()["run_options"] if "vllm.archive" in word]
+
     def test_the_one_that_stands_by(self) -> None:
         svc = in_container()
         other = svc["standby"]

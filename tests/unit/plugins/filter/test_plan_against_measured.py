@@ -20,6 +20,18 @@ from ansible_collections.baremetal.vllm.plugins.filter.plan_against_measured imp
             },
             "KV cache 1010 tokens, planned 1000 (+1.0 %); each of 2 replicas; started in 74 s",
         ),
+        (
+            {
+                "planned": {"kv_cache_tokens": 1000, "weights_gib": 10.0},
+                "measured": {"kv_cache_tokens": 890, "weights_gib": 8.0},
+            },
+            "KV cache 890 tokens, planned 1000 (-11.0 %: BELOW PLAN, see which other processes hold memory of the GPUs, and which "
+            "extra_args take some); weights 8.0 GiB, planned 10.0 (-20.0 %)",
+        ),
+        (
+            {"planned": {"kv_cache_tokens": 1000}, "measured": {"kv_cache_tokens": 900}},
+            "KV cache 900 tokens, planned 1000 (-10.0 %)",
+        ),
         ({"planned": {"kv_cache_tokens": 0}, "measured": {"weights_gib": 1.06}}, "weights 1.06 GiB"),
     ],
 )

@@ -108,6 +108,21 @@ def test_problems(services: list[dict[str, Any]], host: dict[str, Any], words: s
     assert any(words in problem for problem in problems(*services, **host)), problems(*services, **host)
 
 
+def test_dify_is_told_of_what_the_proxy_leaves_out() -> None:
+    """The proxy's word comes first, and a service with `proxy: false` has its own."""
+    own = {"api_key_file": "/k", "model": "m", "task": "generate"}
+    told = [
+        {**own, "service": "chat", "base_url": "http://127.0.0.1:8000/v1"},
+        {**own, "service": "inner", "base_url": "http://10.0.0.1:8001/v1"},
+        {**own, "service": "chat", "base_url": "https://gpu1:8443/v1", "hosts": ["gpu1"]},
+    ]
+    assert [row["credentials"]["endpoint_url"] for row in dify_providers(told)] == [
+        "https://gpu1:8443/v1",
+        "http://10.0.0.1:8001/v1",
+    ]
+    assert len(dify_providers(told[:2])) == 2
+
+
 def test_dify() -> None:
     told = {"base_url": "https://gpu1:8443/v1", "api_key_file": "/etc/vllm/chat/api_key", "max_model_len": 8192}
     chat, embed, rank = dify_providers(

@@ -33,8 +33,8 @@ if args[:3] == ["load", "--quiet", "--input"] and len(args) == 4:
     content = open(args[3]).read()
     if not content.startswith("image "):
         end(1, "", "open /var/lib/docker/tmp/x/manifest.json: no such file or directory\\n")
-    name = content.split()[1]
-    state["images"][name] = "sha256:loaded"
+    name, identity = (content.split() + ["loaded"])[1:3]
+    state["images"][name] = "sha256:" + identity
     end(0, "Loaded image: %s\\n" % name)
 if args[:2] == ["pull", "--quiet"] and len(args) == 3:
     if state["failures"]:
@@ -102,6 +102,7 @@ class Docker:
 def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Docker:
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     monkeypatch.setattr(container_image.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(container_image, "STAMP", str(tmp_path / "var/images.json"))
     return Docker(tmp_path)
 
 
@@ -145,6 +146,50 @@ def test_an_archive_is_loaded_and_no_registry_asked(docker: Docker, have: Callab
     assert "pull" not in docker.asked()
     assert have(archive=path, checksum=checksum)["changed"] is False
     assert docker.asked().count("load") == 1
+
+
+def test_another_archive_under_the_same_name_is_loaded(
+    docker: Docker, have: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, checksum = archive(docker)
+    assert have(archive=path, checksum=checksum)["changed"] is True
+    path, newer = archive(docker, f"image {NAME} newer")
+    assert "copy it again, or correct the checksum" in have(archive=path, checksum="sha256:" + "0" * 64)["msg"]
+    result = have(check=True, archive=path, checksum=newer)
+    assert (result["changed"], result["id"]) == (True, "sha256:loaded")
+    result = have(archive=path, checksum=newer)
+    assert (result["changed"], result["id"]) == (True, "sha256:newer")
+    # From then on no gigabytes are read to know it.
+    monkeypatch.setattr(container_image, "sha256", None)
+    assert have(archive=path, checksum=newer)["changed"] is False
+    assert have(check=True, archive=path, checksum=newer)["changed"] is False
+    (docker.folder / "image.tar").unlink()
+    assert have(archive=path, checksum=newer)["changed"] is False, "it has done its work"
+
+
+def test_an_image_of_which_nothing_is_known(docker: Docker, have: Callable[..., Any]) -> None:
+    """There before the module kept a stamp, or pulled by somebody: only the archive says whether it is the one."""
+    path, checksum = archive(docker)
+    docker.state["images"][NAME] = "sha256:somebodys"
+    assert have(archive=path)["changed"] is False, "without a checksum nothing tells another archive"
+    assert have(check=True, archive=path, checksum=checksum)["changed"] is True
+    assert have(archive=path, checksum=checksum)["id"] == "sha256:loaded"
+    docker.state["images"][NAME] = "sha256:somebodys"
+    assert have(archive=path, checksum=checksum)["changed"] is True, "somebody has given the name to another image"
+    (docker.folder / "var/images.json").write_text("{")
+    assert have(archive=path, checksum=checksum)["changed"] is True
+    assert have(archive=path, checksum=checksum)["changed"] is False
+
+
+def test_an_archive_that_went_before_there_was_a_stamp(
+    docker: Docker, have: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    docker.state["images"][NAME] = "sha256:there"
+    result = have(archive="/no/such.tar", checksum="sha256:" + "0" * 64)
+    assert result["changed"] is False
+    # On a host it comes with the result.
+    said = " ".join(result["text"].split() + capsys.readouterr().err.split())
+    assert "/no/such.tar is not on the host any more, so that nothing says whether" in said
 
 
 def test_an_archive_that_is_not_there(docker: Docker, have: Callable[..., Any]) -> None:

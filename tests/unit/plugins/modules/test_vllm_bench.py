@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def main():
 """
 SERVE = """
 import os, time
+if os.environ.get("STANDIN") == "load":
+    time.sleep(60)
 async def benchmark(args):
     if os.environ.get("STANDIN") == "raise":
         raise ValueError("Initial test run failed")
@@ -97,6 +100,31 @@ def test_standin_several_processes(measure: Callable[..., dict[str, Any]]) -> No
     assert result["row"]["mean_e2el_ms"] == pytest.approx((200 * 4 + 100 * 6) / 10)
     assert result["row"]["p99_e2el_ms"] == 400.0
     assert len(measure(processes=9)["seen"]) == 4, "no process without a client"
+
+
+# What `docker exec --interactive` is to what it starts: it passes standard input on, and when it is killed, that lives on.
+EXEC_STANDIN = """
+import subprocess, sys
+process = subprocess.Popen([sys.executable, *sys.argv[1:]], start_new_session=True)
+open({pid!r}, "w").write(str(process.pid))
+sys.exit(process.wait())
+"""
+
+
+@pytest.mark.parametrize("standin", ["hang", "load"])
+def test_standin_nothing_goes_on_in_a_container(
+    measure: Callable[..., dict[str, Any]], tmp_path: Path, standin: str
+) -> None:
+    program, pid = tmp_path / "exec.py", tmp_path / "pid"
+    program.write_text(EXEC_STANDIN.format(pid=str(pid)))
+    command = [sys.executable, str(program)]
+    assert measure(command=command)["row"]["completed"] == 10
+    assert "has not ended after 3 s" in measure(standin, command=command, timeout=3)["msg"]
+    inside = Path(f"/proc/{pid.read_text()}/stat")
+    end = time.monotonic() + 5
+    while inside.exists() and inside.read_text().rsplit(")", 1)[1].split()[0] != "Z":
+        assert time.monotonic() < end, "the benchmark goes on"
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("task", ["embed", "score"])

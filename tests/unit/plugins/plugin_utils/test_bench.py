@@ -67,6 +67,18 @@ def test_page_needs_nothing_else() -> None:
             assert bench.TOP - 1 <= float(point.get("cy", "nan")) <= bench.HEIGHT - bench.BOTTOM
 
 
+def test_page_compares_as_the_table_does() -> None:
+    """With the last run of the same load, also where that is not shown; runs of other loads are left out."""
+    other = run("2026-02-01T12", 9, workload={**WORK, "output_len": 16})
+    runs = [run("2026-02-02", 0.909), other, run("2026-02-01"), run("2026-01-01", 9)]
+    text, page = bench_text(runs[0], runs[1:]), bench_html(runs, shown=1)
+    assert "-9.1%" in text and "-9.1%" in page
+    assert "-89.9%" not in page.split("compared with 2026-02-01")[0]
+    assert "-88.9%" in page and page.count("compared with") == 2, "the second one, with one that is not shown"
+    assert "2026-02-01T12" not in page and page.count("<table>") == 2
+    assert "no earlier run of the same load to compare with" in bench_html([run("2026-02-02"), other])
+
+
 @pytest.mark.parametrize(("highest", "expected"), [(10, 2), (1637, 500), (0.07, 0.02), (164586, 50000)])
 def test_ticks_are_round(highest: float, expected: float) -> None:
     marks = bench.ticks(highest)

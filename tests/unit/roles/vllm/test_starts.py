@@ -307,3 +307,17 @@ def test_what_the_engine_measured() -> None:
     }
     assert measured("INFO # cuda blocks: 1000, # CPU blocks: 512")["kv_cache_tokens"] == 16000
     assert measured("") == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "INFO 12-11 17:57:51 api_server.py:719] args: Namespace(port=8000, block_size=64, seed=0)",
+        "INFO 07-01 10:00:00 [utils.py:328] non-default args: {'model': '/m', 'block_size': 64, 'port': 8000}",
+    ],
+)
+def test_blocks_of_another_size(line: str) -> None:
+    """As a deployment with --block-size 64 has them. A size that nobody gave is the first engine's own."""
+    blocks = "\nINFO gpu_executor.py:122] # GPU blocks: 1000, # CPU blocks: 512"
+    assert measured(line + blocks) == {"kv_cache_tokens": 64000, "engines": 1}
+    assert measured(line.replace("64", "None") + blocks)["kv_cache_tokens"] == 16000
