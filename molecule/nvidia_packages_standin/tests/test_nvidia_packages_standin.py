@@ -31,6 +31,14 @@ HOSTS = {
         {"kernel-core-0:5.14.0", "kmod-nvidia-open-dkms-3:580", "nvidia-fabricmanager-0:580"},
         "nvidia-driver-cuda",
     ),
+    "packages-rocky8": (
+        "580.95.05",
+        "nvidia",
+        "gcc",
+        "kernel-devel",
+        {"kernel-core-0:4.18.0", "kmod-nvidia-open-dkms-3:580", "nvidia-fabricmanager-0:580"},
+        "nvidia-driver-cuda",
+    ),
     "runfile-ubuntu2204": (
         "580.95.05",
         "nvidia",
@@ -114,6 +122,25 @@ def test_the_fabric_manager_is_of_the_drivers_version_and_runs(host, name, versi
     assert host.package(package).version.startswith(version)
     assert host.service("nvidia-fabricmanager").is_running
     assert host.service("nvidia-fabricmanager").is_enabled
+
+
+def test_no_fabric_manager_of_another_name_is_left(host, name, apt):
+    listed = host.check_output("dpkg-query -W -f '${Package}\\n'" if apt else "rpm -qa --qf '%{NAME}\\n'").split()
+    held = host.check_output("apt-mark showhold" if apt else "dnf -q versionlock list")
+    wanted = ["nvidia-fabricmanager-535" if name == "packages-debian12" else "nvidia-fabricmanager"]
+    assert [one for one in listed if one.startswith("nvidia-fabric")] == wanted
+    assert [one.split("-0:")[0] for one in held.splitlines() if one.startswith("nvidia-fabric")] == wanted
+
+
+@pytest.mark.parametrize("streams", ["as they are", "left out of account"])
+def test_updates_leave_the_fabric_manager(host, name, version, apt, streams):
+    """Also where NVIDIA's repository has the former name, which replaces any fabric manager of this one, outside of streams."""
+    if apt:
+        assert "Inst nvidia-fabric" not in host.check_output("apt-get -s dist-upgrade")
+        return
+    option = "--setopt=*.module_hotfixes=1" if streams != "as they are" else ""
+    host.run(f"dnf -y {option} upgrade nvidia-fabric*")
+    assert host.check_output("rpm -qa 'nvidia-fabric*'") == f"nvidia-fabricmanager-{version}-1.x86_64"
 
 
 def test_daemon_and_check_are_enabled(host):

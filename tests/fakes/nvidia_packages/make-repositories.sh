@@ -299,17 +299,24 @@ publish_rpm rocky/9/AppStream distribution@standin
 publish_rpm epel distribution@standin
 gpg --armor --export distribution@standin > "$to/rocky/9/key.asc"
 
-# NVIDIA's, for dnf: a stream a branch
+# NVIDIA's, for dnf: a stream a branch. The first version has no fabric manager here. Before 580 that is named otherwise, with the relations
+# that NVIDIA/yum-packaging-fabric-manager (fabricmanager.spec) gives it; what the later name has is not published, so that it has none.
 rhel=repos/rhel9/x86_64
-for version in 580.95.05 590.48.01; do
+for version in 575.57.08 575.64.03 580.95.05 590.48.01; do
   driver_source "$work/tree" $version 'Dual MIT/GPL'
   rpm_of $rhel kmod-nvidia-open-dkms $version 1.el9 'Epoch: 3\nRequires: dkms' "$(dkms_hook $version)"
   libraries "$work/tree" /usr/lib64 $version; smi "$work/tree" $version
   rpm_of $rhel nvidia-driver-cuda $version 1.el9 "Epoch: 3"
   persistenced "$work/tree" $version
   rpm_of $rhel nvidia-persistenced $version 1.el9 "Epoch: 3\nRequires: nvidia-driver-cuda = 3:$version"
+  case $version in
+    575.57.08) continue ;;
+    575.*) name=nvidia-fabric-manager
+      relations="Provides: nvidia-fabricmanager = $version, nvidia-fabricmanager-575 = $version\nObsoletes: nvidia-fabricmanager" ;;
+    *) name=nvidia-fabricmanager relations= ;;
+  esac
   fabric "$work/tree" $version
-  rpm_of $rhel nvidia-fabricmanager $version 1
+  rpm_of $rhel $name $version 1 "$relations"
 done
 toolkit "$work/tree" 12.9 12.9.1; rpm_of $rhel cuda-toolkit-12-9 12.9.1 1
 toolkit "$work/tree" 13.0 13.0.2; rpm_of $rhel cuda-toolkit-13-0 13.0.2 1
@@ -326,12 +333,16 @@ printf '[cuda-rhel9-12-9-local]\nname = cuda-rhel9-12-9-local\nbaseurl = file://
 rpm_of local cuda-repo-rhel9-12-9-local 12.9.1_575.57.08 1
 
 modules=$work/modules.yaml
-for stream in 580-open:580.95.05 open-dkms:590.48.01; do
-  version=${stream#*:}
+for stream in 575-open:575.57.08:575.64.03 580-open:580.95.05 open-dkms:590.48.01; do
+  versions=${stream#*:}
   printf -- '---\ndocument: modulemd\nversion: 2\ndata:\n  name: nvidia-driver\n  stream: %s\n  version: 20260101000000\n  context: 8e3b%s\n  arch: x86_64\n  summary: stand-in\n  description: stand-in\n  license: {module: [NVIDIA]}\n  artifacts:\n    rpms:\n' \
-    "${stream%:*}" "${version%%.*}f"
-  for name in kmod-nvidia-open-dkms nvidia-driver-cuda nvidia-persistenced; do printf '    - %s-3:%s-1.el9.x86_64\n' $name "$version"; done
-  printf '    - nvidia-fabricmanager-0:%s-1.x86_64\n' "$version"
+    "${stream%%:*}" "${versions%%.*}f"
+  for version in ${versions//:/ }; do
+    for name in kmod-nvidia-open-dkms nvidia-driver-cuda nvidia-persistenced; do printf '    - %s-3:%s-1.el9.x86_64\n' $name "$version"; done
+    for name in nvidia-fabricmanager nvidia-fabric-manager; do
+      [ ! -e "$to/$rhel/$name-$version-1.x86_64.rpm" ] || printf '    - %s-0:%s-1.x86_64\n' $name "$version"
+    done
+  done
   printf '...\n'
 done > "$modules"
 printf -- '---\ndocument: modulemd-defaults\nversion: 1\ndata:\n  module: nvidia-driver\n  stream: open-dkms\n  profiles: {}\n...\n' >> "$modules"
