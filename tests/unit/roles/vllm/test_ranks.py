@@ -157,7 +157,6 @@ def test_another_token_is_refused(ranks: Callable[..., list[Rank]]) -> None:
     until(lambda: first.said("a connection from 127.0.0.1 is refused: it does not know the token"))
     assert first.engine() == second.engine() == 0
 
-
     time.sleep(8)
     assert len(second.log.read_text().splitlines()) <= 4, "it tries again and again, and says so once"
 
