@@ -125,6 +125,40 @@ def test_what_differs_between_hosts_and_secrets_stay_on_the_first_host() -> None
     )
 
 
+LIBRARIES = {"NCCL_IB_HCA": "mlx5_0", "NCCL_P2P_DISABLE": "1", "MY_PASSWORD": "x", "HF_TOKEN": "x"}
+
+
+@pytest.mark.parametrize("runtime", ["venv", "container"])
+def test_what_a_service_sets_reaches_engines_on_every_host_but_for_secrets(runtime: str) -> None:
+    """vLLM of V100's releases copies nothing of it, and newer ones not what may differ between hosts."""
+    asked = {**RAY_SERVICE, "env": LIBRARIES, "runtime": runtime}
+    for host in ("one", "two"):
+        network = {"chat": {"hosts": {**PLACES, "three": {"address": "10.0.0.3", "interface": "eth1"}}, "problems": []}}
+        svc = on(host, asked, gpu_hosts(3), network=network, container=CONTAINER, ray_version="2.60.0")
+        engines = svc["span"]["environment"]
+        assert {"NCCL_IB_HCA": "mlx5_0", "NCCL_P2P_DISABLE": "1", "HF_HUB_OFFLINE": "1"}.items() <= engines.items()
+        assert engines["VLLM_HOST_IP"] == PLACES[host]["address"]
+        assert not {
+            "MY_PASSWORD",
+            "HF_TOKEN",
+            "VLLM_API_KEY",
+            "HOME",
+            "VLLM_CONFIG_ROOT",
+            "BAREMETAL_OPEN_PATHS",
+        } & set(engines)
+        assert svc["span"]["interface"] == PLACES[host]["interface"]
+
+
+def test_a_sum_between_hosts_is_computed_with_the_environment_and_the_gpus_of_the_service() -> None:
+    asked = {**RAY_SERVICE, "env": LIBRARIES}
+    venv = on("one", asked, gpu_hosts(3))
+    assert venv["span"]["environment"]["CUDA_VISIBLE_DEVICES"] == venv["env"]["CUDA_VISIBLE_DEVICES"]
+    assert venv["span"]["environment"]["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    box = contained(asked, gpu_hosts(3))
+    assert {"--env=NCCL_P2P_DISABLE", "--env=NCCL_SOCKET_IFNAME"} <= set(box["run_python"])
+    assert "--env=HF_TOKEN" not in box["run_python"]
+
+
 CONTAINER = {**SETTINGS["container"], "images": {}}  # type: ignore[dict-item]
 
 
