@@ -11,6 +11,7 @@ import pytest
 from ansible_collections.baremetal.vllm.plugins.filter.interconnect import interconnect
 from ansible_collections.baremetal.vllm.plugins.filter.interconnect_peers import interconnect_peers
 from ansible_collections.baremetal.vllm.plugins.filter.interconnect_problems import interconnect_problems
+from ansible_collections.baremetal.vllm.plugins.filter.interconnect_sums import interconnect_sums
 from ansible_collections.baremetal.vllm.plugins.filter.ray_cluster_problems import ray_cluster_problems
 from ansible_collections.baremetal.vllm.plugins.filter.span_versions import span_versions
 from ansible_collections.baremetal.vllm.plugins.filter.spans_open import spans_open
@@ -219,6 +220,33 @@ def test_what_runs_on_a_host_is_told_for_each_service() -> None:
         "mp",
         "ray",
     ]
+
+
+def test_sums_that_went_well_or_badly() -> None:
+    def done(**fields: Any) -> dict[str, Any]:
+        return {"stdout": "NCCL version 2.28\n" + json.dumps({"problems": [], "whole": "", **fields})}
+
+    assert interconnect_sums({"a": done(ms=1), "b": done(ms=1)}) == []
+    assert interconnect_sums(
+        {"a": done(problems=["a and b"], whole="3"), "b": done(problems=["a and b"], whole="3")}
+    ) == ["a and b"]
+    assert interconnect_sums({"a": done(whole="3 hosts cannot"), "b": done(whole="no")}) == ["3 hosts cannot"]
+
+
+@pytest.mark.parametrize(
+    "result, reason",
+    [
+        (
+            {"stdout": "", "stderr": "Traceback\nModuleNotFoundError: No module named 'torch'\n"},
+            "ModuleNotFoundError: No module named 'torch'",
+        ),
+        ({"failed": True, "msg": "could not find job"}, "could not find job"),
+        ({"stdout": "Killed"}, "Killed"),
+        ({}, "it printed nothing"),
+    ],
+)
+def test_a_sum_that_printed_nothing_is_one_line(result: dict[str, Any], reason: str) -> None:
+    assert interconnect_sums({"a": result}) == [f"a: the sum between hosts ended without an answer: {reason}"]
 
 
 PORTS = {"gcs": 6379, "node_manager": 6380, "min_worker": 10002, "max_worker": 10201}
