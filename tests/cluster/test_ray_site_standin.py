@@ -95,6 +95,15 @@ def test_check_mode_on_fresh_hosts(service: Service) -> None:
         assert service.fleet.sh(host, "ls -d /etc/ray/chat /etc/vllm /etc/systemd/system/*-chat*", check=False) == ""
 
 
+def test_a_host_without_systemd_is_named_in_the_preflight(service: Service) -> None:
+    worker = service.fleet.names[1]
+    words = ("--tags", "preflight")
+    output, changed = service.play(*words, fail=True, each={worker: {"vllm_service_manager": "supervisor"}})
+    line = f"service chat has executor ray, whose nodes are units of systemd, and services of {worker} run under supervisor"
+    assert line in " ".join(output.split())
+    assert set(changed.values()) == {0}
+
+
 def test_engines_are_placed_as_planned_and_a_second_run_changes_nothing(service: Service) -> None:
     output, _ = service.play()
     assert "3 nodes with 6 GPUs are here" in output
