@@ -64,6 +64,10 @@ def _secret(name: str) -> bool:
     return any(word in name.upper() for word in SECRET_WORDS) and name != "RAY_AUTH_TOKEN_PATH"
 
 
+def _loopback(bind: str) -> bool:
+    return bind == "localhost" or bind == "::1" or bind.startswith("127.")
+
+
 def ray_ports(number: int) -> dict[str, int]:
     """Every port of the ``number``-th Ray cluster, so that a firewall can list them."""
     base = RAY_FIRST_PORT + RAY_BLOCK * number
@@ -232,6 +236,9 @@ def spread(
             **service,
             "span": details,
             "headless": rank > 0,
+            # Networks that the Ray node may talk to beside its own. systemd knows no ports: where the server is started
+            # inside the node and listens for clients elsewhere, what keeps the node to its network would keep them out.
+            "node_networks": ["any"] if service["inside"] and rank == 0 and not _loopback(service["bind"]) else [],
             "env": env,
             "command": [*gate, "--", *service["command"]],
             "kept_home": kept_home(env),

@@ -215,6 +215,17 @@ def test_ray_in_containers_starts_the_server_inside_the_first_node() -> None:
 
 
 @pytest.mark.parametrize(
+    "bind, networks", [("127.0.0.1", []), ("::1", []), ("0.0.0.0", ["any"]), ("10.1.2.3", ["any"])]
+)
+def test_clients_reach_a_server_inside_of_a_node(bind: str, networks: list[str]) -> None:
+    asked = {**RAY_SERVICE, "bind": bind}
+    assert contained(asked, gpu_hosts(3))["node_networks"] == networks
+    # Nobody comes to the other nodes, and in an environment the server runs in a unit of its own.
+    assert contained(asked, gpu_hosts(3), "two")["node_networks"] == []
+    assert on("one", asked, gpu_hosts(3), network={})["node_networks"] == []
+
+
+@pytest.mark.parametrize(
     "reference, name",
     [
         ("vllm/vllm-openai:v0.25.1", "vllm-openai:v0.25.1"),

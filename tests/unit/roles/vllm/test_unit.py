@@ -37,6 +37,14 @@ def test_a_server_on_ray_is_started_after_its_node_and_stopped_before() -> None:
     assert after == "After=network-online.target docker.service ray-chat.service"
 
 
+@pytest.mark.parametrize("networks, limit", [([], False), (["10.0.0.0/24"], True)])
+def test_containers_of_a_node_are_kept_to_its_networks_or_to_none(networks: list[str], limit: bool) -> None:
+    lines = rendered(
+        "ray_cluster/templates/ray.slice.j2", ray_cluster_name="chat", __ray_cluster_networks=networks
+    ).splitlines()
+    assert ("IPAddressDeny=any" in lines) == ("IPAddressAllow=localhost 10.0.0.0/24" in lines) == limit
+
+
 @pytest.mark.parametrize("span", [None, {"executor": "mp"}])
 def test_other_servers_name_no_node(span: Any) -> None:
     assert "After=network-online.target" in unit(span=span)
