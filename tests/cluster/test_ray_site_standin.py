@@ -18,12 +18,12 @@ from fleet import ROOT, Fleet, until
 
 class Service:
     def __init__(self, fleet: Fleet) -> None:
-        self.fleet, self.size, self.marker = fleet, 3, "a"
+        self.fleet, self.size, self.first, self.marker = fleet, 3, 0, "a"
         self.release: dict[str, str] = {}
 
     @property
     def head(self) -> str:
-        return self.fleet.names[0]
+        return self.fleet.names[self.first]
 
     def play(
         self, *words: str, fail: bool = False, playbook: str = "site.yml", hosts: int = 3, **more: Any
@@ -49,7 +49,8 @@ class Service:
             "preflight_allow_untested_distribution": True,
         }
         words = (*words, "--skip-tags", "verify")
-        return self.fleet.play(ROOT / playbook, self.fleet.names[:hosts], *words, fail=fail, **{**settings, **more})
+        names = sorted(self.fleet.names[:hosts], key=lambda name: name != self.head)
+        return self.fleet.play(ROOT / playbook, names, *words, fail=fail, **{**settings, **more})
 
     def engines(self) -> list[Any]:
         """[address that Ray says, address of its environment] of each engine; none while there is no answer."""
@@ -279,6 +280,30 @@ def test_a_host_that_was_off_when_it_left_comes_back(service: Service) -> None:
     service.play()
     until(service.serves, 60)
     assert service.fleet.sh(leaving, "ls /etc/systemd/system/ray-*; pgrep -f [r]aylet", check=False) == ""
+
+
+def test_another_host_comes_first(service: Service) -> None:
+    """Clients keep their key, and the former first host tells nobody any more that it answers."""
+    one, two = service.fleet.names[:2]
+    key = service.fleet.sh(one, "cat /etc/vllm/chat/api_key")
+    service.first = 1
+    service.play(hosts=2)
+    assert service.head == two
+    until(service.serves, 60)
+    assert (
+        service.fleet.sh(two, "cat /etc/vllm/chat/api_key; stat -c '%a %U' /etc/vllm/chat/api_key")
+        == f"{key}\n600 vllm"
+    )
+    assert (
+        service.fleet.sh(one, "cd /etc/vllm/chat && ls api_key endpoint.json measured.json 2>/dev/null", check=False)
+        == ""
+    )
+    output, changed = service.play(hosts=2)
+    assert set(changed.values()) == {0}, output
+    service.first = 0
+    service.play(hosts=2)
+    until(service.serves, 60)
+    assert service.fleet.sh(one, "cat /etc/vllm/chat/api_key") == key
 
 
 def test_teardown_leaves_nothing(service: Service) -> None:
