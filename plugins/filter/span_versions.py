@@ -10,7 +10,7 @@ version_added: 0.1.0
 description:
   - Compares Python, vLLM, PyTorch and Ray of the hosts of a service. Engines of different releases fail late and say little;
     Ray refuses nodes of another release of Ray or of Python.
-positional: answers, images
+positional: answers, images, answered
 options:
   _input:
     description: Services over several hosts, each with C(service) (its name), C(executor) and C(hosts).
@@ -25,6 +25,10 @@ options:
     description: For each host, the registered result of the command that printed the layers of its images as JSON.
     type: dict
     default: {}
+  answered:
+    description: Whether a host that printed nothing is a fault. In check mode its software is perhaps not there yet.
+    type: bool
+    default: false
 author:
   - baremetal.vllm maintainers (@baremetal-vllm)
 """
@@ -72,10 +76,18 @@ def _image(result: Mapping[str, Any], service: str) -> dict[str, str]:
     return {"image": hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:12]} if layers else {}
 
 
+def _silence(result: Mapping[str, Any]) -> str:
+    """Why a host gave no answer: the last line that its command left."""
+    silent = [item for item in result.get("results", ()) if not item.get("skipped") and not item.get("stdout")]
+    lines = [line for item in silent for key in ("msg", "stderr") for line in str(item.get(key) or "").splitlines()]
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it printed nothing")
+
+
 def span_versions(
     spans: list[dict[str, Any]],
     answers: Mapping[str, Mapping[str, Any]],
     images: Mapping[str, Mapping[str, Any]] | None = None,
+    answered: bool = False,
 ) -> list[str]:
     problems = []
     for span in spans:
@@ -84,6 +96,11 @@ def span_versions(
         for host, found in said.items():
             if found is not None:
                 found.update(_image((images or {}).get(host, {}), span["service"]))
+        problems += [
+            f"service {span['service']}: Python of {host} does not say which software it has: {_silence(answers[host])}"
+            for host, found in said.items()
+            if answered and found is None
+        ]
         first = said[head]
         if first is None:
             continue

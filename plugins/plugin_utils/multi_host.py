@@ -32,11 +32,19 @@ RAY_WORKER_PORTS = 200
 MOST_BLOCKS = 80
 # Linux' own; what a host has is read before its firewall is set.
 USUAL_EPHEMERAL = "32768-60999"
-# Names that are kept on the first host: they are secrets that an engine does not need, or they differ between hosts.
-KEPT_HOME = (
-    "BAREMETAL_OPEN_PATHS",
+# Names that differ between hosts: each host has its own, or that of the service, from its own unit.
+PER_HOST = (
     "CUDA_VISIBLE_DEVICES",
     "GLOO_SOCKET_IFNAME",
+    "NCCL_IB_HCA",
+    "NCCL_SOCKET_IFNAME",
+    "TP_SOCKET_IFNAME",
+    "UCX_NET_DEVICES",
+    "VLLM_HOST_IP",
+)
+# Names that are the server's own or the system's: no engine elsewhere needs them.
+OF_THE_SERVER = (
+    "BAREMETAL_OPEN_PATHS",
     "HF_TOKEN",
     "HOME",
     "HOSTNAME",
@@ -44,22 +52,25 @@ KEPT_HOME = (
     "INVOCATION_ID",
     "JOURNAL_STREAM",
     "LOGNAME",
-    "NCCL_IB_HCA",
-    "NCCL_SOCKET_IFNAME",
     "NVIDIA_VISIBLE_DEVICES",
     "PATH",
     "PWD",
     "RAY_AUTH_TOKEN",
     "SHELL",
     "SYSTEMD_EXEC_PID",
-    "TP_SOCKET_IFNAME",
-    "UCX_NET_DEVICES",
     "USER",
     "VLLM_API_KEY",
     "VLLM_CONFIG_ROOT",
-    "VLLM_HOST_IP",
 )
 SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "ACCESS_KEY")
+
+
+def _secret(name: str) -> bool:
+    return any(word in name.upper() for word in SECRET_WORDS) and name != "RAY_AUTH_TOKEN_PATH"
+
+
+def _loopback(bind: str) -> bool:
+    return bind == "localhost" or bind == "::1" or bind.startswith("127.")
 
 
 def ray_ports(number: int) -> dict[str, int]:
@@ -174,11 +185,11 @@ def ray_image(reference: str, version: str) -> str:
     return f"baremetal/{name}:{digest[:12] or tag or 'latest'}-ray{version}"
 
 
-def _contained(service: dict[str, Any], here: Mapping[str, str], lib: str, ray_version: str) -> dict[str, Any]:
+def _contained(service: dict[str, Any], environment: Mapping[str, str], lib: str, ray_version: str) -> dict[str, Any]:
     """What is different where the service runs in containers.
 
-    ``run_python``: arguments that run Python as the service does, for a moment, with the environment ``here`` of whoever
-    calls them. Executor ``ray``: one container on each host, of the Ray node; the server is started inside the first one.
+    ``run_python``: arguments that run Python as the service does, for a moment, with ``environment``, which whoever calls
+    them has to have. Executor ``ray``: one container on each host, of the Ray node; the server is started inside the first one.
     """
     parts, image = service["container"], service["image"]["reference"]
     if ray_version:
@@ -202,7 +213,7 @@ def _contained(service: dict[str, Any], here: Mapping[str, str], lib: str, ray_v
         **service,
         "run_python": [
             *("docker", "run", "--rm", "--pull=never", *parts["closed"], "--workdir=/tmp", "--env=HOME=/tmp"),
-            *(f"--env={name}" for name in here),
+            *(f"--env={name}" for name in sorted(environment)),
             *(*parts["devices"], *[word for word in parts["mounts"] if f"src={lib}," in word], *parts["user"]),
             *("--entrypoint=python3", image),
         ],
@@ -227,17 +238,20 @@ def spread(
         "VLLM_HOST_IP": addresses[host],
         **({"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}),
     }
+    env = {**here, **service["env"]}
+    environment = {name: value for name, value in env.items() if name not in OF_THE_SERVER and not _secret(name)}
     ports = span["ports"]
     details = {
         **span,
         "rank": rank,
         "addresses": addresses,
         "address": addresses[host],
+        "interface": interface or "",
         "token_file": token_file,
-        "environment": here,
+        # What engines of this host run with, wherever they are started: by Ray, which takes it from the unit of its node.
+        "environment": environment,
         "firewall_ports": _firewall_ports(ports, (network.get(host) or {}).get("ephemeral") or USUAL_EPHEMERAL),
     }
-    env = {**here, **service["env"]}
     contained = service["runtime"] == "container"
     if span["executor"] == "ray" and service["venv"]:
         # An environment of its own, so that services without Ray keep theirs.
@@ -250,7 +264,7 @@ def spread(
     service = {**service, "run_python": [python]}
     if span["executor"] == "ray":
         if contained:
-            service = _contained(service, here, lib, str(settings["ray_version"]))
+            service = _contained(service, environment, lib, str(settings["ray_version"]))
         address = f"{addresses[span['hosts'][0]]}:{ports['gcs']}"
         env |= {
             "RAY_ADDRESS": address,
@@ -267,6 +281,9 @@ def spread(
             **service,
             "span": details,
             "headless": rank > 0,
+            # Networks that the Ray node may talk to beside its own. systemd knows no ports: where the server is started
+            # inside the node and listens for clients elsewhere, what keeps the node to its network would keep them out.
+            "node_networks": ["any"] if service["inside"] and rank == 0 and not _loopback(service["bind"]) else [],
             "env": env,
             "command": [*gate, "--", *service["command"]],
             "kept_home": kept_home(env),
@@ -282,7 +299,7 @@ def spread(
     keeper += ["--token-file", token_file, "--folder", service["state_dir"]]
     service = {**service, "command": [*keeper, "--", *serve]}
     if contained:
-        service = _contained(service, here, lib, "")
+        service = _contained(service, environment, lib, "")
     return {
         **service,
         "span": details,
@@ -295,7 +312,4 @@ def spread(
 
 def kept_home(env: Mapping[str, str]) -> list[str]:
     """Names for ray_non_carry_over_env_vars.json: what Ray must not copy from the first host to the others."""
-    secrets = [
-        name for name in env if any(word in name.upper() for word in SECRET_WORDS) and name != "RAY_AUTH_TOKEN_PATH"
-    ]
-    return sorted({*KEPT_HOME, *secrets})
+    return sorted({*PER_HOST, *OF_THE_SERVER, *filter(_secret, env)})

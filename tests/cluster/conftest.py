@@ -138,9 +138,10 @@ def write_standin(folder: Path) -> None:
     """A folder with stand-ins for nvidia-smi, which shows two H200, and for an environment with vLLM and the real Ray."""
     tests = ROOT / "tests"
     shutil.copytree(tests / "fakes" / "vllm_standin", folder / "site", dirs_exist_ok=True)  # the folder may be mounted
-    metadata = folder / "site" / "vllm-0.25.1.dist-info" / "METADATA"
-    metadata.parent.mkdir(exist_ok=True)
-    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.25.1\n")
+    for place, version in (("site", "0.25.1"), ("next", "0.26.0")):
+        metadata = folder / place / f"vllm-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir(exist_ok=True, parents=True)
+        metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
     shutil.copy(tests / "fakes" / "nvidia_smi.py", folder)
     captures = tests / "unit" / "plugins" / "modules" / "captures"
     header, *rows = csv.reader((captures / "h200_x2_query.csv").read_text().splitlines(), skipinitialspace=True)
@@ -150,6 +151,8 @@ def write_standin(folder: Path) -> None:
     (folder / "scene.json").write_text(json.dumps(scene))
     for name, line in (
         ("python", f'PYTHONPATH="$PYTHONPATH:/opt/standin/site" exec {RAY_PYTHON} "$@"'),
+        # The next release of the stand-in for vLLM.
+        ("python-next", f'PYTHONPATH="$PYTHONPATH:/opt/standin/next:/opt/standin/site" exec {RAY_PYTHON} "$@"'),
         ("nvidia-smi", 'NVIDIA_SMI_SCENE=/opt/standin/scene.json exec python3 /opt/standin/nvidia_smi.py "$@"'),
     ):
         (folder / name).write_text(f"#!/bin/sh\n{line}\n")

@@ -203,7 +203,7 @@ class Nodes:
     """The stand-in for vLLM with executor ray, on both hosts."""
 
     def __init__(self, boxes: Boxes) -> None:
-        self.boxes, self.fleet, self.marker = boxes, boxes.fleet, "a"
+        self.boxes, self.fleet, self.seqs = boxes, boxes.fleet, 16
 
     def play(self, *words: str, **more: Any) -> tuple[str, dict[str, int]]:
         service = {
@@ -216,7 +216,8 @@ class Nodes:
             "pipeline_parallel_size": 2,
             "executor": "ray",
             "max_model_len": 512,
-            "env": {"MARKER": self.marker, "MY_SECRET": "s3cr3t"},
+            "max_num_seqs": self.seqs,
+            "env": {"MY_SECRET": "s3cr3t"},
         }
         settings = {
             "vllm_services": [service],
@@ -310,7 +311,7 @@ def test_no_secret_is_shown_or_copied_to_workers_of_a_standin(nodes: Nodes) -> N
 
 def test_a_changed_server_of_a_standin_leaves_the_nodes_alone(nodes: Nodes) -> None:
     before = [nodes.boxes.containers(host) for host in nodes.fleet.names]
-    nodes.marker = "b"
+    nodes.seqs = 8  # a change of env is one of the nodes, too
     nodes.play()
     assert nodes.serves()
     assert before == [nodes.boxes.containers(host) for host in nodes.fleet.names]

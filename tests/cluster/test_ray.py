@@ -112,6 +112,37 @@ def test_hosts_that_do_not_agree_are_named_before_anything_is_changed(cluster: C
         assert set(changed.values()) == {0}
 
 
+def test_a_host_without_systemd_is_named_standin(cluster: Cluster) -> None:
+    """What tells programs that systemd runs is away for a moment."""
+    three = cluster.hosts[2]
+    cluster.fleet.sh(three, "mv /run/systemd/system /run/systemd/away")
+    try:
+        output, changed = cluster.fleet.play(PLAY, cluster.hosts, fail=True, **cluster.settings())
+    finally:
+        cluster.fleet.sh(three, "mv /run/systemd/away /run/systemd/system")
+    assert f"{three} was not booted by systemd, whose units Ray's nodes are" in " ".join(
+        output.replace("''", "'").split()
+    )
+    assert set(changed.values()) == {0}
+
+
+def test_hosts_that_do_not_reach_each_other_are_named_before_anything_is_started(cluster: Cluster) -> None:
+    two, three = cluster.hosts[1:3]
+    peer = cluster.fleet.address(three)
+    name = cluster.fleet.sh(two, f"ip -o -4 addr | awk '/{cluster.fleet.address(two)}/ {{print $2}}'")
+    # What host two sends to three goes to nobody: silence, as a firewall that drops.
+    cluster.fleet.sh(two, f"ip neigh replace {peer} lladdr 02:00:00:00:00:99 dev {name} nud permanent")
+    try:
+        began = time.monotonic()
+        output, changed = cluster.fleet.play(PLAY, cluster.hosts, fail=True, **cluster.settings())
+    finally:
+        cluster.fleet.sh(two, f"ip neigh del {peer} dev {name}")
+    told(time.monotonic() - began, "ray_cluster: a host that does not reach another named")
+    silence = "no answer within the time limit: a firewall or a wrong route drops it"
+    assert f"{two} cannot reach {three} at {peer}: {silence}" in " ".join(output.split())
+    assert set(changed.values()) == {0}
+
+
 def test_check_mode_says_what_it_would_do_and_does_nothing(cluster: Cluster) -> None:
     output, changed = cluster.play("--check", "--diff", ray_cluster_root="/opt/elsewhere")
     assert all(changed[host] for host in cluster.hosts), changed

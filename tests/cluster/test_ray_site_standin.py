@@ -18,14 +18,15 @@ from fleet import ROOT, Fleet, until
 
 class Service:
     def __init__(self, fleet: Fleet) -> None:
-        self.fleet, self.size, self.marker = fleet, 3, "a"
+        self.fleet, self.size, self.first, self.marker = fleet, 3, 0, "a"
+        self.release: dict[str, str] = {}
 
     @property
     def head(self) -> str:
-        return self.fleet.names[0]
+        return self.fleet.names[self.first]
 
     def play(
-        self, *words: str, fail: bool = False, playbook: str = "site.yml", **more: Any
+        self, *words: str, fail: bool = False, playbook: str = "site.yml", hosts: int = 3, **more: Any
     ) -> tuple[str, dict[str, int]]:
         service = {
             "name": "chat",
@@ -36,6 +37,7 @@ class Service:
             "executor": "ray",
             "max_model_len": 512,
             "env": {"MARKER": self.marker},
+            **self.release,
         }
         settings = {
             "vllm_existing_python": "/opt/standin/python",
@@ -47,7 +49,8 @@ class Service:
             "preflight_allow_untested_distribution": True,
         }
         words = (*words, "--skip-tags", "verify")
-        return self.fleet.play(ROOT / playbook, self.fleet.names[:3], *words, fail=fail, **{**settings, **more})
+        names = sorted(self.fleet.names[:hosts], key=lambda name: name != self.head)
+        return self.fleet.play(ROOT / playbook, names, *words, fail=fail, **{**settings, **more})
 
     def engines(self) -> list[Any]:
         """[address that Ray says, address of its environment] of each engine; none while there is no answer."""
@@ -65,6 +68,9 @@ class Service:
 
     def show(self, key: str) -> str:
         return self.fleet.sh(self.head, f"systemctl show --property={key} --value vllm-chat")
+
+    def log(self) -> str:
+        return self.fleet.sh(self.head, "journalctl -u vllm-chat -o cat --no-pager")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +96,15 @@ def test_check_mode_on_fresh_hosts(service: Service) -> None:
         assert service.fleet.sh(host, "ls -d /etc/ray/chat /etc/vllm /etc/systemd/system/*-chat*", check=False) == ""
 
 
+def test_a_host_without_systemd_is_named_in_the_preflight(service: Service) -> None:
+    worker = service.fleet.names[1]
+    words = ("--tags", "preflight")
+    output, changed = service.play(*words, fail=True, each={worker: {"vllm_service_manager": "supervisor"}})
+    line = f"service chat has executor ray, whose nodes are units of systemd, and services of {worker} run under supervisor"
+    assert line in " ".join(output.split())
+    assert set(changed.values()) == {0}
+
+
 def test_engines_are_placed_as_planned_and_a_second_run_changes_nothing(service: Service) -> None:
     output, _ = service.play()
     assert "3 nodes with 6 GPUs are here" in output
@@ -109,6 +124,67 @@ def test_a_changed_service_is_restarted(service: Service) -> None:
     assert changed[service.head] > 0
     assert [host for host in said if said[host]] == [host for host in changed if changed[host]]
     assert service.serves(), service.engines()
+
+
+def test_what_the_service_sets_is_in_the_environment_of_every_node(service: Service) -> None:
+    for host in service.fleet.names[:3]:
+        environment = service.fleet.sh(host, "tr '\\0' '\\n' </proc/$(pgrep -of raylet/raylet)/environ")
+        assert "MARKER=b" in environment.split()
+        assert f"VLLM_HOST_IP={service.fleet.address(host)}" in environment.split()
+
+
+def test_an_upgrade_of_all_hosts(service: Service) -> None:
+    """To the next release of the stand-in; a host that was left behind is named while the engines of before still serve."""
+    before = service.show("MainPID")
+    service.release = {"engine_version": "0.26.0"}
+    pythons = {host: {"vllm_existing_python": "/opt/standin/python-next"} for host in service.fleet.names[:2]}
+    output, _ = service.play(fail=True, each=pythons)
+    one, _, three = service.fleet.names[:3]
+    line = f"service chat: vllm is 0.26.0 on {one} and 0.25.1 on {three}: install the same on both"
+    assert line in " ".join(output.split())
+    assert service.show("MainPID") == before and service.serves()
+    pythons[three] = {"vllm_existing_python": "/opt/standin/no-such-python"}
+    output, _ = service.play(fail=True, each=pythons)
+    assert f"service chat: Python of {three} does not say which software it has" in " ".join(output.split())
+    assert service.show("MainPID") == before and service.serves()
+    began = time.monotonic()
+    service.play(vllm_existing_python="/opt/standin/python-next")
+    told(time.monotonic() - began, "ray: site.yml with an upgrade of three hosts")
+    assert service.serves(), service.engines()
+    output, changed = service.play(vllm_existing_python="/opt/standin/python-next")
+    assert set(changed.values()) == {0}, output
+    service.release = {}
+    service.play()
+    assert service.serves()
+
+
+def test_the_network_is_cut_for_a_minute(service: Service) -> None:
+    worker = service.fleet.names[1]
+    service.fleet.cut(worker)
+    until(lambda: not service.engines(), 120, "the end of the server")
+    time.sleep(60)
+    restarts = service.show("NRestarts")
+    service.fleet.mend(worker)
+    started = time.monotonic()
+    until(service.serves, 240)
+    told(time.monotonic() - started, "ray: served again after the network of a worker was cut for a minute")
+    assert service.show("NRestarts") == restarts, "the start that waited for the node is the one that serves"
+    assert f"placement: waiting for {worker} ({service.fleet.address(worker)})" in service.log()
+    service.fleet.reboot(worker)  # which gives the interface its name again
+    until(lambda: not service.engines(), 90, "the end of the server")
+    until(service.serves, 240)
+
+
+def test_a_server_waits_for_ray_as_long_as_it_takes(service: Service) -> None:
+    service.fleet.sh(service.head, "systemctl stop ray-chat")
+    until(lambda: "placement: waiting for the Ray cluster at" in service.log(), 90, "the gate")
+    restarts = service.show("NRestarts")
+    time.sleep(45)
+    assert (service.show("ActiveState"), service.show("NRestarts")) == ("active", restarts)
+    service.fleet.sh(service.head, "systemctl start ray-chat")
+    started = time.monotonic()
+    until(service.serves, 240)
+    told(time.monotonic() - started, "ray: served again after the node of the first host was away")
 
 
 def test_a_worker_host_reboots(service: Service) -> None:
@@ -154,7 +230,7 @@ def test_a_placement_that_cannot_be_met_ends_at_once(service: Service) -> None:
     service.fleet.sh(worker, f"sed -i s/--num-gpus=2/--num-gpus=1/ {start} && systemctl restart ray-chat")
     until(lambda: service.show("ActiveState") == "failed", 120, "the end of the unit")
     assert service.show("ExecMainStatus") == "78"
-    log = service.fleet.sh(service.head, "journalctl -u vllm-chat -o cat --no-pager")
+    log = service.log()
     reason = f"{worker} ({service.fleet.address(worker)}) gives Ray 1 GPUs and the plan places 2 there"
     assert f"PlacementError: this placement can never be met: {reason}" in log
     # From the start of the gate to the end of the unit, and no further try.
@@ -184,6 +260,50 @@ def test_a_host_comes(service: Service) -> None:
     service.size = 3
     service.play()
     until(service.serves, 60)
+
+
+def test_a_host_that_was_off_when_it_left_comes_back(service: Service) -> None:
+    leaving = service.fleet.names[2]
+    service.fleet.pull_the_plug(leaving)
+    service.size = 2
+    service.play(hosts=2)
+    until(service.serves, 60)
+    service.fleet.power(leaving)
+    address = service.fleet.address(leaving)
+    until(lambda: service.fleet.sh(leaving, "pgrep -f raylet/raylet", check=False), 60)
+    time.sleep(10)
+    assert service.serves(), "what runs is not disturbed"
+    service.fleet.sh(service.head, "systemctl restart vllm-chat")
+    said = f"placement: waiting, since {address} is in the cluster with 2 GPUs and not in the plan"
+    until(lambda: said in service.log(), 90, "the gate")
+    assert service.show("ActiveState") == "active"
+    service.play()
+    until(service.serves, 60)
+    assert service.fleet.sh(leaving, "ls /etc/systemd/system/ray-*; pgrep -f [r]aylet", check=False) == ""
+
+
+def test_another_host_comes_first(service: Service) -> None:
+    """Clients keep their key, and the former first host tells nobody any more that it answers."""
+    one, two = service.fleet.names[:2]
+    key = service.fleet.sh(one, "cat /etc/vllm/chat/api_key")
+    service.first = 1
+    service.play(hosts=2)
+    assert service.head == two
+    until(service.serves, 60)
+    assert (
+        service.fleet.sh(two, "cat /etc/vllm/chat/api_key; stat -c '%a %U' /etc/vllm/chat/api_key")
+        == f"{key}\n600 vllm"
+    )
+    assert (
+        service.fleet.sh(one, "cd /etc/vllm/chat && ls api_key endpoint.json measured.json 2>/dev/null", check=False)
+        == ""
+    )
+    output, changed = service.play(hosts=2)
+    assert set(changed.values()) == {0}, output
+    service.first = 0
+    service.play(hosts=2)
+    until(service.serves, 60)
+    assert service.fleet.sh(one, "cat /etc/vllm/chat/api_key") == key
 
 
 def test_teardown_leaves_nothing(service: Service) -> None:

@@ -29,11 +29,10 @@ port=29701
 began=$SECONDS
 (
   rank 1 >/dev/null &
-  # Its process of the sum is stopped once it is there: what a host does that hangs.
-  for _ in $(seq 200); do
-    child=$(pgrep -f -- "--child .1, 2, .127.0.0.1., $port" | head -n 1) && kill -STOP "$child" && break
-    sleep 0.02
-  done
+  # Its process of the sum is stopped once both have met: what a host does that hangs.
+  until grep -qiE ":$(printf '%04X' "$port") 01 " /proc/net/tcp /proc/net/tcp6; do sleep 0.02; done
+  sleep 0.2
+  kill -STOP "$(pgrep -f -- "--child .1, 2, .127.0.0.1., $port" | head -n 1)"
   wait
 ) &
 sum=$(rank 0)

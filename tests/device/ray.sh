@@ -93,9 +93,9 @@ mkdir -p "$VLLM_CONFIG_ROOT"
 python3 - "$root" >"$VLLM_CONFIG_ROOT/ray_non_carry_over_env_vars.json" <<'END' || exit 1
 import ast, json, sys
 tree = ast.parse(open(sys.argv[1] + "/plugins/plugin_utils/multi_host.py").read())
-names = next(ast.literal_eval(node.value) for node in tree.body
-             if isinstance(node, ast.Assign) and node.targets[0].id == "KEPT_HOME")
-print(json.dumps(names))
+lists = [ast.literal_eval(node.value) for node in tree.body
+         if isinstance(node, ast.Assign) and node.targets[0].id in ("PER_HOST", "OF_THE_SERVER")]
+print(json.dumps(sorted({name for names in lists for name in names})))
 END
 
 cat >"$out/client.py" <<'END'

@@ -6,8 +6,9 @@
 Each node has a name, an address and the number of GPUs that it must give. Without a command it says what the cluster is.
 
 vLLM itself waits half an hour for a placement and then says little. Nodes that are missing are waited for (a host may be
-rebooting); when all are there, what they have must do. Exit status 78 (EX_CONFIG), which the unit does not restart, stands
-for a placement that cannot be met, 75 (EX_TEMPFAIL) for nodes that did not come.
+rebooting), and before a command also that nodes leave which are not in the plan (a host that was taken out while it was off
+comes back with its old node); when all is so, what the nodes have must do. Exit status 78 (EX_CONFIG), which the unit does
+not restart, stands for a placement that cannot be met, 75 (EX_TEMPFAIL) for what did not come within the time given.
 """
 
 # pylint: disable=disallowed-name # _ is a value that nothing reads
@@ -25,8 +26,28 @@ def say(text):
     print("placement: " + text, flush=True)
 
 
+def end(status, text):
+    print("PlacementError: " + text, flush=True)
+    sys.exit(status)
+
+
+class Wait:
+    """For something that is away, as long as it takes or for so many seconds. What it is, is said when it changes."""
+
+    def __init__(self, limit_s):
+        self.start, self.limit_s, self.told = time.monotonic(), limit_s, ""
+
+    def go_on(self, text, late):
+        if text != self.told:
+            say("waiting" + text)
+        self.told = text
+        if self.limit_s and time.monotonic() - self.start > self.limit_s:
+            end(LATER, late)
+        time.sleep(1)
+
+
 def judge(nodes, expected):
-    """(what is missing for now, what can never be) of a list of ``ray.nodes()``."""
+    """(nodes that are missing, nodes that should not be there, what can never be) of a list of ``ray.nodes()``."""
     alive = {node["NodeManagerAddress"]: node.get("Resources", {}).get("GPU", 0) for node in nodes if node["Alive"]}
     missing = ["%s (%s)" % (name, address) for name, address, _ in expected if address not in alive]
     never = [
@@ -35,13 +56,13 @@ def judge(nodes, expected):
         if alive.get(address, gpus) < gpus
     ]
     known = {address for _, address, _ in expected}
-    never += [
+    strangers = [
         "%s is in the cluster with %g GPUs and not in the plan, so that engines could be placed there: stop its Ray node"
         % (address, gpus)
         for address, gpus in sorted(alive.items())
         if address not in known and gpus
     ]
-    return missing, never
+    return missing, strangers, never
 
 
 def holders(table):
@@ -58,7 +79,7 @@ def holders(table):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--node", action="append", required=True, metavar="NAME=ADDRESS=GPUS")
-    parser.add_argument("--wait", type=float, default=600, help="seconds for nodes that are missing")
+    parser.add_argument("--wait", type=float, default=0, help="seconds for what is missing; 0: as long as it takes")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     expected = [(name, address, int(gpus)) for name, address, gpus in (node.split("=") for node in options.node)]
@@ -66,35 +87,38 @@ def main():
 
     import ray
 
-    try:
-        ray.init(address=os.environ["RAY_ADDRESS"], logging_level="ERROR", log_to_driver=False)
-    except (ConnectionError, RuntimeError) as error:
-        print("PlacementError: no Ray cluster at %s: %s" % (os.environ["RAY_ADDRESS"], error), flush=True)
-        sys.exit(LATER)
-    start, told = time.monotonic(), None
+    wait, address = Wait(options.wait), os.environ["RAY_ADDRESS"]
     while True:
-        missing, never = judge(ray.nodes(), expected)
-        if never:
-            print("PlacementError: this placement can never be met: " + "; ".join(never), flush=True)
-            sys.exit(NEVER)
-        if not missing:
+        try:
+            ray.init(address=address, logging_level="ERROR", log_to_driver=False)
             break
-        if missing != told:
-            say("waiting for " + ", ".join(missing))
-            told = missing
-        if time.monotonic() - start > options.wait:
-            print("PlacementError: not in the cluster after %d s: %s" % (options.wait, ", ".join(missing)), flush=True)
-            sys.exit(LATER)
-        time.sleep(1)
+        except (ConnectionError, RuntimeError) as error:
+            problem = (str(error).splitlines() or [type(error).__name__])[0]
+            ray.shutdown()
+            wait.go_on(
+                " for the Ray cluster at %s: %s" % (address, problem),
+                "no Ray cluster at %s after %d s: %s" % (address, options.wait, problem),
+            )
+    while True:
+        missing, strangers, never = judge(ray.nodes(), expected)
+        if never or (strangers and not command):
+            end(NEVER, "this placement can never be met: " + "; ".join(never + strangers))
+        if missing:
+            told = ", ".join(missing)
+            wait.go_on(" for " + told, "not in the cluster after %d s: %s" % (options.wait, told))
+        elif strangers:
+            told = "; ".join(strangers)
+            wait.go_on(", since " + told, told)
+        else:
+            break
     start, need = time.monotonic(), sum(gpus for _, _, gpus in expected)
     while command and ray.available_resources().get("GPU", 0) < need:
         if time.monotonic() - start > SETTLE_S:
             from ray.util import placement_group_table
 
             free = ray.available_resources().get("GPU", 0)
-            print("PlacementError: %d GPUs are needed and %g are free: the others are held by %s"
-                  % (need, free, holders(placement_group_table())), flush=True)  # fmt: skip
-            sys.exit(LATER)
+            held = holders(placement_group_table())
+            end(LATER, "%d GPUs are needed and %g are free: the others are held by %s" % (need, free, held))
         time.sleep(1)
     say("%d nodes with %d GPUs are here" % (len(expected), need))
     ray.shutdown()

@@ -8,6 +8,7 @@ One of these runs on each host. vLLM's own ranks do not notice when another one 
 hang. So no engine starts before all hosts are there with the same versions; then all start at once. When an engine ends, a
 host is not heard of any more or the network is cut, all engines are ended; they start again when all hosts are back.
 Engines that end by themselves again and again are left alone: exit status 78, which the unit does not restart.
+A host that was taken out of the service while it was off comes back with its old place: it is told so, and waits.
 
 Rank 0 listens on its peer's address. Both sides prove that they know the token, and every message is signed.
 """
@@ -36,6 +37,8 @@ import time
 
 BEAT_S = 2
 RETRY_S = 3
+# A host that is refused asks ever more seldom.
+PAUSE_MAX_S = 15
 # Engines that end by themselves this often within this time are left alone.
 FAILURES, WINDOW_S = 5, 600
 GIVE_UP = 78  # EX_CONFIG of sysexits.h: a restart does not help
@@ -224,6 +227,7 @@ class Head:
         self.running, self.leaving, self.not_before, self.told = False, False, 0.0, ""
         self.failures = collections.deque(maxlen=FAILURES)
         self.versions = versions()
+        self.refusals, self.unlike = set(), {}  # what was said of hosts; since when a rank's software differs
 
     def listen(self):
         address = self.options.peers[0][1]
@@ -247,14 +251,14 @@ class Head:
         try:
             link.greet(True)
             hello = link.read()
-            rank = hello["rank"]
-            if not 0 < rank < len(self.options.peers):
-                raise OSError("it says that it is rank %r" % rank)
+            problem = self.stranger(hello)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            self.events.put(("refused", address, str(error), link))
+            problem = str(error)
+        if problem:
+            self.events.put(("refused", address, problem, link))
             return
         connection.settimeout(self.options.patience)
-        self.events.put(("joined", rank, hello, link))
+        self.events.put(("joined", hello["rank"], hello, link))
 
     def name(self, rank):
         return "rank %d (%s, %s)" % ((rank,) + self.options.peers[rank])
@@ -292,6 +296,19 @@ class Head:
         kill_descendants()
         sys.exit(status)
 
+    def stranger(self, hello):
+        """What is wrong with the place that a host takes for its own; nothing where it is."""
+        rank, peers = hello["rank"], self.options.peers
+        said = hello.get("name", "a host"), hello.get("address", "of an older release")
+        known = 0 < rank < len(peers)
+        if known and said == peers[rank] and hello.get("of") == len(peers):
+            return ""
+        here = "%s (%s) as rank %d of %d" % (peers[rank] + (rank, len(peers))) if known else "%d hosts" % len(peers)
+        return (
+            "it is %s (%s), rank %s of %s, and %s has %s: run site.yml with %s, which gives it its place or removes its part"
+            % (said + (rank, hello.get("of", "some"), self.options.name, here, said[0]))
+        )
+
     def mismatch(self, rank, hello):
         other = hello.get("versions", {})
         different = [
@@ -315,6 +332,8 @@ class Head:
             self.told = waiting
             return
         self.told = ""
+        self.refusals.clear()
+        self.unlike.clear()
         say("all %d hosts are here: starting" % len(self.options.peers))
         self.running = True
         self.idle = dict.fromkeys(self.links, False)
@@ -339,16 +358,25 @@ class Head:
         say("asked to stop")
         self.leave(0)
 
-    def on_refused(self, address, why, link):
+    def on_refused(self, address, why, link, last=False):
+        link.send(do="refuse", why=why, last=last)
         link.close()
-        say("a connection from %s is refused: %s" % (address, why))
+        if (address, why) not in self.refusals:
+            say("a connection from %s is refused: %s" % (address, why))
+        self.refusals.add((address, why))
 
     def on_joined(self, rank, hello, link):
         problem = self.mismatch(rank, hello)
         if problem:
-            link.send(do="refuse", why=problem)
-            print("RankError: " + problem, flush=True)
-            self.leave(GIVE_UP)
+            # An upgrade reaches hosts one after another: for a while, that is no reason to give up.
+            now = time.monotonic()
+            last = now - self.unlike.setdefault(rank, now) > 2 * self.options.patience
+            self.on_refused(hello["address"], problem, link, last)
+            if last:
+                print("RankError: " + problem, flush=True)
+                self.leave(GIVE_UP)
+            return
+        self.unlike.pop(rank, None)
         if rank in self.links:
             self.links.pop(rank).close()
             self.stop_all("%s came anew" % self.name(rank))
@@ -381,7 +409,16 @@ class Follower:
 
     def __init__(self, options, engine, events, token):
         self.options, self.engine, self.events, self.token = options, engine, events, token
-        self.link, self.told = None, False
+        self.link, self.told, self.pause, self.not_before = None, "", RETRY_S, 0.0
+
+    def tell_once(self, text):
+        if text != self.told:
+            say(text)
+        self.told = text
+
+    def back_off(self):
+        self.not_before = time.monotonic() + self.pause
+        self.pause = min(2 * self.pause, PAUSE_MAX_S)
 
     def connect(self):
         name, address = self.options.peers[0]
@@ -391,18 +428,17 @@ class Follower:
             )
             link.greet(False)
         except OSError as error:
-            if not self.told:
-                say("waiting for rank 0 (%s, %s port %d): %s" % (name, address, self.options.port, error))
-            self.told = True
+            self.tell_once("waiting for rank 0 (%s, %s port %d): %s" % (name, address, self.options.port, error))
             return
-        self.told, self.link = False, link
-        link.send(rank=self.options.rank, versions=versions())
+        self.link, rank = link, self.options.rank
+        name, address = self.options.peers[rank]
+        link.send(rank=rank, name=name, address=address, of=len(self.options.peers), versions=versions())
         link.follow(self.events, 0)
 
     def run(self):
         beat = 0.0
         while True:
-            if self.link is None and not self.engine.running:
+            if self.link is None and not self.engine.running and time.monotonic() >= self.not_before:
                 self.connect()
             if self.link and time.monotonic() >= beat:
                 self.link.send(**{"is": "alive"})
@@ -424,18 +460,25 @@ class Follower:
 
     def on_lost(self, rank, reason, link):
         if self.link is link:
-            say("rank 0 (%s, %s): %s" % (self.options.peers[0] + (reason,)))
+            self.tell_once("rank 0 (%s, %s): %s" % (self.options.peers[0] + (reason,)))
             link.close()
             self.link = None
             self.engine.stop()
+            self.back_off()
 
     def on_said(self, rank, message, link):
         what = message.get("do")
-        if link is not self.link or what == "beat":
+        if link is not self.link:
             return
         if what == "refuse":
-            print("RankError: rank 0 refuses this host: %s" % message["why"], flush=True)
-            sys.exit(GIVE_UP)
+            if message.get("last"):
+                print("RankError: rank 0 refuses this host: %s" % message["why"], flush=True)
+                sys.exit(GIVE_UP)
+            self.on_lost(0, "refuses this host: %s" % message["why"], link)
+            return
+        self.told, self.pause = "", RETRY_S
+        if what == "beat":
+            return
         if what == "start":
             say("starting")
             self.engine.start()

@@ -11,8 +11,11 @@ import pytest
 from ansible_collections.baremetal.vllm.plugins.filter.interconnect import interconnect
 from ansible_collections.baremetal.vllm.plugins.filter.interconnect_peers import interconnect_peers
 from ansible_collections.baremetal.vllm.plugins.filter.interconnect_problems import interconnect_problems
+from ansible_collections.baremetal.vllm.plugins.filter.interconnect_sums import interconnect_sums
 from ansible_collections.baremetal.vllm.plugins.filter.ray_cluster_problems import ray_cluster_problems
 from ansible_collections.baremetal.vllm.plugins.filter.span_versions import span_versions
+from ansible_collections.baremetal.vllm.plugins.filter.spans_open import spans_open
+from ansible_collections.baremetal.vllm.plugins.filter.spans_up import spans_up
 
 SPANS = [{"service": "chat", "hosts": ["a", "b"], "executor": "mp"}]
 
@@ -167,6 +170,83 @@ def test_images_must_be_the_same() -> None:
     (found,) = span_versions(SPANS, answers, {"a": image("sha256:1"), "b": image("sha256:1", "sha256:2")})
     assert found.startswith("service chat: image is ") and found.endswith(" on b: install the same on both")
     assert span_versions(SPANS, answers, {"a": {"skipped": True}, "b": {"skipped": True}}) == []
+
+
+@pytest.mark.parametrize(
+    "silent, reason",
+    [
+        (
+            {"stdout": "", "rc": 1, "stderr": "Traceback\nImportError: libfoo.so is missing\n"},
+            "ImportError: libfoo.so is missing",
+        ),
+        ({"msg": "[Errno 2] No such file or directory: b'/opt/x/bin/python'"}, "[Errno 2] No such file or directory"),
+        ({}, "it printed nothing"),
+    ],
+)
+def test_a_host_that_does_not_answer_is_named_outside_of_check_mode(silent: dict[str, Any], reason: str) -> None:
+    answers = {"a": said(), "b": {"results": [{"skipped": True}, silent]}}
+    (found,) = span_versions(SPANS, answers, {}, True)
+    assert found.startswith(f"service chat: Python of b does not say which software it has: {reason}")
+    assert span_versions(SPANS, answers) == []
+    assert len(span_versions(SPANS, {"a": answers["b"], "b": said()}, {}, True)) == 1
+
+
+def test_what_one_host_does_not_name_is_open() -> None:
+    other = {"service": "embed", "hosts": ["b", "c"], "executor": "ray"}
+    said_by = {"a": ["chat"], "b": ["chat", "embed"], "c": []}
+    assert spans_open([*SPANS, other], said_by) == [other]
+    assert spans_open([*SPANS, other], {**said_by, "c": ["embed"]}) == []
+
+
+def part(executor: str, **fields: Any) -> dict[str, Any]:
+    span = {"executor": executor, "ports": {"node_manager": 6380}}
+    return {"name": executor, "state_dir": f"/s/{executor}", "span": span, "headless": False, "port": 8000, **fields}
+
+
+def test_what_runs_on_a_host_is_told_for_each_service() -> None:
+    mp, ray = part("mp"), part("ray", port=8001)
+    here = {"cwd": "/s/mp"}
+    probe = {
+        "pids": {"/s/mp/keeper.pid": 12, "/s/mp/engine.pid": 13},
+        "listeners": {"8000": here, "6380": {"cwd": "/"}, "8001": {"cwd": "/s/ray"}},
+    }
+    assert spans_up([mp, ray, {"name": "alone", "span": None}], probe) == ["mp", "ray"]
+    # A server that hangs, or that somebody else's listens for, is not up; nor is an engine without its keeper.
+    assert spans_up([mp, ray], {**probe, "listeners": {"8000": here, "6380": {}}}) == ["mp"]
+    assert spans_up([mp], {**probe, "listeners": {"8000": {"cwd": "/elsewhere"}}}) == []
+    assert spans_up([mp], {**probe, "pids": {"/s/mp/keeper.pid": 0, "/s/mp/engine.pid": 13}}) == []
+    # The other hosts have no server that could listen.
+    assert spans_up([{**mp, "headless": True}, {**ray, "headless": True}], {**probe, "listeners": {"6380": {}}}) == [
+        "mp",
+        "ray",
+    ]
+
+
+def test_sums_that_went_well_or_badly() -> None:
+    def done(**fields: Any) -> dict[str, Any]:
+        return {"stdout": "NCCL version 2.28\n" + json.dumps({"problems": [], "whole": "", **fields})}
+
+    assert interconnect_sums({"a": done(ms=1), "b": done(ms=1)}) == []
+    assert interconnect_sums(
+        {"a": done(problems=["a and b"], whole="3"), "b": done(problems=["a and b"], whole="3")}
+    ) == ["a and b"]
+    assert interconnect_sums({"a": done(whole="3 hosts cannot"), "b": done(whole="no")}) == ["3 hosts cannot"]
+
+
+@pytest.mark.parametrize(
+    "result, reason",
+    [
+        (
+            {"stdout": "", "stderr": "Traceback\nModuleNotFoundError: No module named 'torch'\n"},
+            "ModuleNotFoundError: No module named 'torch'",
+        ),
+        ({"failed": True, "msg": "could not find job"}, "could not find job"),
+        ({"stdout": "Killed"}, "Killed"),
+        ({}, "it printed nothing"),
+    ],
+)
+def test_a_sum_that_printed_nothing_is_one_line(result: dict[str, Any], reason: str) -> None:
+    assert interconnect_sums({"a": result}) == [f"a: the sum between hosts ended without an answer: {reason}"]
 
 
 PORTS = {"gcs": 6379, "node_manager": 6380, "min_worker": 10002, "max_worker": 10201}

@@ -130,6 +130,40 @@ def test_what_differs_between_hosts_and_secrets_stay_on_the_first_host() -> None
     )
 
 
+LIBRARIES = {"NCCL_IB_HCA": "mlx5_0", "NCCL_P2P_DISABLE": "1", "MY_PASSWORD": "x", "HF_TOKEN": "x"}
+
+
+@pytest.mark.parametrize("runtime", ["venv", "container"])
+def test_what_a_service_sets_reaches_engines_on_every_host_but_for_secrets(runtime: str) -> None:
+    """vLLM of V100's releases copies nothing of it, and newer ones not what may differ between hosts."""
+    asked = {**RAY_SERVICE, "env": LIBRARIES, "runtime": runtime}
+    for host in ("one", "two"):
+        network = {"chat": {"hosts": {**PLACES, "three": {"address": "10.0.0.3", "interface": "eth1"}}, "problems": []}}
+        svc = on(host, asked, gpu_hosts(3), network=network, container=CONTAINER, ray_version="2.60.0")
+        engines = svc["span"]["environment"]
+        assert {"NCCL_IB_HCA": "mlx5_0", "NCCL_P2P_DISABLE": "1", "HF_HUB_OFFLINE": "1"}.items() <= engines.items()
+        assert engines["VLLM_HOST_IP"] == PLACES[host]["address"]
+        assert not {
+            "MY_PASSWORD",
+            "HF_TOKEN",
+            "VLLM_API_KEY",
+            "HOME",
+            "VLLM_CONFIG_ROOT",
+            "BAREMETAL_OPEN_PATHS",
+        } & set(engines)
+        assert svc["span"]["interface"] == PLACES[host]["interface"]
+
+
+def test_a_sum_between_hosts_is_computed_with_the_environment_and_the_gpus_of_the_service() -> None:
+    asked = {**RAY_SERVICE, "env": LIBRARIES}
+    venv = on("one", asked, gpu_hosts(3))
+    assert venv["span"]["environment"]["CUDA_VISIBLE_DEVICES"] == venv["env"]["CUDA_VISIBLE_DEVICES"]
+    assert venv["span"]["environment"]["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    box = contained(asked, gpu_hosts(3))
+    assert {"--env=NCCL_P2P_DISABLE", "--env=NCCL_SOCKET_IFNAME"} <= set(box["run_python"])
+    assert "--env=HF_TOKEN" not in box["run_python"]
+
+
 CONTAINER = {**SETTINGS["container"], "images": {}}  # type: ignore[dict-item]
 
 
@@ -183,6 +217,17 @@ def test_ray_in_containers_starts_the_server_inside_the_first_node() -> None:
         if value != contained(RAY_SERVICE, gpu_hosts(3), "two")["env"].get(name)
     }
     assert different and different <= set(head["kept_home"])
+
+
+@pytest.mark.parametrize(
+    "bind, networks", [("127.0.0.1", []), ("::1", []), ("0.0.0.0", ["any"]), ("10.1.2.3", ["any"])]
+)
+def test_clients_reach_a_server_inside_of_a_node(bind: str, networks: list[str]) -> None:
+    asked = {**RAY_SERVICE, "bind": bind}
+    assert contained(asked, gpu_hosts(3))["node_networks"] == networks
+    # Nobody comes to the other nodes, and in an environment the server runs in a unit of its own.
+    assert contained(asked, gpu_hosts(3), "two")["node_networks"] == []
+    assert on("one", asked, gpu_hosts(3), network={})["node_networks"] == []
 
 
 @pytest.mark.parametrize(

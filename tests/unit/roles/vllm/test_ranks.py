@@ -157,6 +157,57 @@ def test_another_token_is_refused(ranks: Callable[..., list[Rank]]) -> None:
     until(lambda: first.said("a connection from 127.0.0.1 is refused: it does not know the token"))
     assert first.engine() == second.engine() == 0
 
+    time.sleep(8)
+    assert len(second.log.read_text().splitlines()) <= 4, "it tries again and again, and says so once"
+
+
+def taken_out(ranks: Callable[..., list[Rank]]) -> list[Rank]:
+    """Three hosts, of which host1 has left the service without knowing: host2 has its rank now."""
+    first, former, third = ranks(3)
+    for rank in (first, third):
+        place = rank.command.index("host1=127.0.0.2")
+        del rank.command[place - 1 : place + 1]
+    third.command[third.command.index("--rank") + 1] = "1"
+    return [first, former, third]
+
+
+def test_a_host_that_left_and_comes_back_does_not_disturb_the_others(ranks: Callable[..., list[Rank]]) -> None:
+    first, former, third = taken_out(ranks)
+    first.start()
+    third.start()
+    until(lambda: first.engine() and third.engine())
+    engines = [first.engine(), third.engine()]
+    former.start()
+    advice = "run site.yml with host1, which gives it its place or removes its part"
+    until(lambda: former.said(advice) and first.said(advice))
+    time.sleep(8)
+    assert [first.engine(), third.engine()] == engines
+    assert former.process and former.process.poll() is None and former.engine() == 0
+    assert first.said("it is host1 (127.0.0.2), rank 1 of 3, and chat has host2 (127.0.0.3) as rank 1 of 2")
+    for rank in (first, former):
+        assert len(rank.log.read_text().splitlines()) <= 8, rank.log.read_text()
+
+
+def test_a_host_that_left_is_refused_whatever_its_software(ranks: Callable[..., list[Rank]], tmp_path: Path) -> None:
+    first, former, third = taken_out(ranks)
+    other_software(former, tmp_path)
+    former.start()
+    first.start()
+    until(lambda: former.said("run site.yml with host1"))
+    third.start()
+    until(lambda: first.engine() and third.engine())
+
+
+def test_a_rank_that_there_is_none_of_is_told_so(ranks: Callable[..., list[Rank]]) -> None:
+    first, second, former = ranks(3)
+    for rank in (first, second):
+        place = rank.command.index("host2=127.0.0.3")
+        del rank.command[place - 1 : place + 1]
+    for rank in (first, second, former):
+        rank.start()
+    until(lambda: former.said("it is host2 (127.0.0.3), rank 2 of 3, and chat has 2 hosts: run site.yml with host2"))
+    until(lambda: first.engine() and second.engine())
+
 
 def test_an_address_that_the_host_does_not_have(ranks: Callable[..., list[Rank]]) -> None:
     first, _ = ranks()
@@ -167,14 +218,33 @@ def test_an_address_that_the_host_does_not_have(ranks: Callable[..., list[Rank]]
     assert first.said("RankError: cannot listen on 203.0.113.7")
 
 
-def test_other_software_is_refused_before_anything_starts(ranks: Callable[..., list[Rank]], tmp_path: Path) -> None:
-    first, second = ranks()
-    package = tmp_path / "site" / "vllm-9.9.9.dist-info"
+def other_software(rank: Rank, folder: Path) -> None:
+    package = folder / "site" / "vllm-9.9.9.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 9.9.9\n")
+    rank.command = ["env", f"PYTHONPATH={package.parent}", *rank.command]
+
+
+def test_other_software_is_refused_before_anything_starts(ranks: Callable[..., list[Rank]], tmp_path: Path) -> None:
+    first, second = ranks()
     first.start()
-    second.command = ["env", f"PYTHONPATH={package.parent}", *second.command]
+    other_software(second, tmp_path)
     second.start()
     assert first.process and second.process
-    assert (first.process.wait(20), second.process.wait(20)) == (78, 78)
+    assert (first.process.wait(30), second.process.wait(20)) == (78, 78)
     assert first.said("RankError: rank 1 (host1, 127.0.0.2) differs: vllm 9.9.9 there and missing on host0")
+
+
+def test_a_host_that_is_upgraded_later_than_the_first_is_waited_for(
+    ranks: Callable[..., list[Rank]], tmp_path: Path
+) -> None:
+    first, second = ranks()
+    upgraded = list(second.command)
+    first.start()
+    other_software(second, tmp_path)
+    second.start()
+    until(lambda: first.said("differs: vllm 9.9.9 there"))
+    second.stop()
+    second.command = upgraded
+    second.start()
+    until(lambda: first.engine() and second.engine())

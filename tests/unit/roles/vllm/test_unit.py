@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Units and start scripts of a service, as systemd and the shell get them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+
+ROLES = Path(__file__).parents[4] / "roles"
+SERVICE: dict[str, Any] = {
+    "name": "chat", "served_model_name": "m", "runtime": "venv", "config_dir": "/etc/vllm/chat", "inside": "",
+    "state_dir": "/var/lib/vllm/chat", "unit": "vllm-chat", "stop_timeout": 60, "span": None,
+}  # fmt: skip
+
+
+def rendered(template: str, **values: Any) -> str:
+    environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    environment.filters["quote"] = str
+    text = (ROLES / template).read_text()
+    return environment.from_string(text).render(ansible_managed="managed", **values)
+
+
+def unit(**fields: Any) -> list[str]:
+    settings = {"vllm_restart_limit": 5, "vllm_user": "vllm", "vllm_drain_timeout": 30}
+    return rendered("vllm/templates/vllm.service.j2", svc={**SERVICE, **fields}, **settings).splitlines()
+
+
+def test_a_server_on_ray_is_started_after_its_node_and_stopped_before() -> None:
+    (after,) = [line for line in unit(span={"executor": "ray"}) if line.startswith("After=")]
+    assert after == "After=network-online.target ray-chat.service"
+    (after,) = [
+        line for line in unit(span={"executor": "ray"}, runtime="container", inside="ray-chat") if "After=" in line
+    ]
+    assert after == "After=network-online.target docker.service ray-chat.service"
+
+
+@pytest.mark.parametrize("networks, limit", [([], False), (["10.0.0.0/24"], True)])
+def test_containers_of_a_node_are_kept_to_its_networks_or_to_none(networks: list[str], limit: bool) -> None:
+    lines = rendered(
+        "ray_cluster/templates/ray.slice.j2", ray_cluster_name="chat", __ray_cluster_networks=networks
+    ).splitlines()
+    assert ("IPAddressDeny=any" in lines) == ("IPAddressAllow=localhost 10.0.0.0/24" in lines) == limit
+
+
+@pytest.mark.parametrize("span", [None, {"executor": "mp"}])
+def test_other_servers_name_no_node(span: Any) -> None:
+    assert "After=network-online.target" in unit(span=span)
