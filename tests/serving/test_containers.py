@@ -131,9 +131,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     base = out(str(ROOT / "molecule/images/build.sh"), "debian12").splitlines()[-1]
     model = embedder(CACHE)
     reranker(model)
-    gateway = out("docker", "network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}")
     host = Host("serving", folder, base, "--volume", f"{archive.parent}:/srv/images:ro", "--volume",
                 f"{CACHE}:/srv/weights:ro", "--shm-size", "1g")  # fmt: skip
+    # Asked of the container: the network itself names its gateway only in some releases of Docker.
+    gateway = out("docker", "inspect", "--format", "{{.NetworkSettings.Networks.bridge.Gateway}}", host.name)
     with NearHub(host=gateway) as hub:
         hub.direct = True
         hub.add("someone/minilm", model, token=HUB_TOKEN)
