@@ -37,7 +37,7 @@ class Site:
         self.hosts, self.folder = hosts, folder
         self.trust = ssl.create_default_context(cafile=str(folder / "ca.pem"))
 
-    def play(self, playbook: str = "site.yml") -> tuple[str, dict[str, int]]:
+    def play(self, playbook: str = "site.yml", *arguments: str, **more: Any) -> tuple[str, dict[str, int]]:
         variables = {
             "vllm_services": [{"name": "chat", "model": "random-llama", "source": "generated", "hosts": ["proxy-a", "proxy-b"],
                                "bind": "0.0.0.0"}],
@@ -50,8 +50,9 @@ class Site:
             "proxy_tls_certificate_src": str(self.folder / "certificate.pem"),
             "proxy_tls_key_src": str(self.folder / "key.pem"),
             "proxy_tls_ca_src": str(self.folder / "ca.pem"),
+            **more,
         }  # fmt: skip
-        code, text = play(self.folder, self.hosts, variables, playbook, "--skip-tags", "verify", "--diff")
+        code, text = play(self.folder, self.hosts, variables, playbook, "--skip-tags", "verify", "--diff", *arguments)
         assert code == 0, text[-5000:]
         return text, {name: int(changed) for name, changed, _ in RECAP.findall(text)}
 
@@ -149,3 +150,23 @@ def test_another_certificate_is_taken_without_a_break(site: Site) -> None:
     assert site.hosts[0].run("systemctl show --property=MainPID --value vllm-proxy") == before, (
         "nginx was reloaded, not restarted"
     )
+
+
+def gone(site: Site) -> bool:
+    left = "ls /etc/systemd/system/vllm-proxy.service /etc/vllm-proxy/endpoints.json; ss -Hltn 'sport = :8443'"
+    return [host.run(left, check=False) for host in site.hosts] == ["", ""]
+
+
+def test_switched_off_it_is_taken_away(site: Site) -> None:
+    assert all(site.play("site.yml", "--check", proxy_enabled=False)[1].values())
+    assert site.servers(site.hosts[0], 2), "check mode has switched it off"
+    assert all(site.play(proxy_enabled=False)[1].values()) and gone(site)
+    assert site.play(proxy_enabled=False)[1] == {"proxy-a": 0, "proxy-b": 0}
+    assert site.hosts[0].run("systemctl is-active vllm-chat") == "active"
+
+
+def test_teardown_takes_it_away_where_it_is_switched_off(site: Site) -> None:
+    site.play()
+    assert not gone(site)
+    site.play("playbooks/teardown.yml", proxy_enabled=False)
+    assert gone(site)
