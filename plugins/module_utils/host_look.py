@@ -18,6 +18,7 @@ PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DAEMON_JSON = "/etc/docker/daemon.json"
 DRIVER = "/proc/driver/nvidia/version"
 PCI = "/sys/bus/pci/devices"
+INFINIBAND = "/sys/class/infiniband"
 VERSIONLOCK = "/etc/dnf/plugins/versionlock.list"
 SOURCES = ("/etc/apt/sources.list", "/etc/apt/sources.list.d/*", "/etc/yum.repos.d/*.repo")
 
@@ -75,6 +76,11 @@ def sha256(path):
 
 def packages():
     """{name: version} of everything installed, by the package manager that the host has. An epoch of 0 is left out."""
+    return {name: version for name, (version, state) in package_states().items() if state == "installed"}
+
+
+def package_states():
+    """{name: (version, state)} of what the package manager knows, packages that it could not set up included."""
     # On the Debian family rpm may be there as a mere tool.
     if which("rpm") and (not which("dpkg-query") or output("rpm", "-q", "rpm", "--qf", "x")):
         rows = output("rpm", "-qa", "--qf", "%{NAME} %{EPOCHNUM}:%{VERSION}-%{RELEASE} installed\\n")
@@ -83,8 +89,8 @@ def packages():
     found = {}
     for line in rows.splitlines():
         words = line.split()
-        if len(words) == 3 and words[2] == "installed":
-            found[words[0]] = words[1][2:] if words[1].startswith("0:") else words[1]
+        if len(words) == 3:
+            found[words[0]] = (words[1][2:] if words[1].startswith("0:") else words[1], words[2])
     return found
 
 
@@ -176,6 +182,14 @@ def nvidia_devices():
         elif kind.startswith("0x0680"):
             switches.append(row)
     return gpus, switches
+
+
+def nvlink_switches():
+    """Names of the network devices that manage NVSwitches of NVLink 5, which are not on the host's bus themselves.
+
+    Their vital product data says so (NVIDIA/gpu-driver-container asks the same).
+    """
+    return [path.split("/")[-3] for path in sorted(glob.glob(INFINIBAND + "/*/device/vpd")) if "SW_MNG" in read(path)]
 
 
 def loaded_driver():

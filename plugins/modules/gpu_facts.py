@@ -127,7 +127,7 @@ ansible_facts:
           type: list
           elements: dict
         nvswitches:
-          description: PCI addresses of NVSwitches.
+          description: PCI addresses of NVSwitches, or of the devices by which those of NVLink 5 are managed.
           type: list
           elements: str
         nouveau:
@@ -527,6 +527,10 @@ def pci_devices(root, catalog):
                 module=link_name(driver + "/module"),
             )
         )
+    # Those of NVLink 5 are not on the bus; the network devices that manage them say so in their vital product data.
+    for path in sorted(glob.glob(os.path.join(root, "sys/class/infiniband/*/device/vpd"))) if gpus else []:
+        if "SW_MNG" in read(path):
+            switches.append(os.path.basename(os.path.realpath(os.path.dirname(path))))
     return gpus, switches
 
 

@@ -79,7 +79,7 @@ refresh:
   returned: success
   type: bool
 specs:
-  description: Version of the driver that each CDI specification of NVIDIA's GPUs was made for.
+  description: The C(driver) that each CDI specification of NVIDIA's GPUs was made for, and whether its MIG C(slices) are those here.
   returned: success
   type: dict
 """
@@ -102,6 +102,7 @@ from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import (
 )
 
 SPECS = ("/etc/cdi", "/var/run/cdi")
+CAPABILITIES = "/proc/driver/nvidia/capabilities/gpu*/mig"
 OWN = "baremetal-nvidia-container-toolkit"
 
 
@@ -111,14 +112,31 @@ def spec_version(text):
     return found.group(1) if found else ""
 
 
+def slices():
+    """Device files of the MIG slices that there are: of their GPU instances, and of the compute instances in those."""
+    found = [set(), set()]
+    for kind, pattern in enumerate(("/gi*/access", "/gi*/ci*/access")):
+        for path in glob.glob(CAPABILITIES + pattern):
+            minor = re.search(r"DeviceFileMinor: (\d+)", read(path))
+            found[kind].update(["/dev/nvidia-caps/nvidia-cap" + minor.group(1)] if minor else [])
+    return found
+
+
+def of_these_slices(text):
+    """Whether a specification has every compute instance that there is, and no device file of one that has gone."""
+    instances, computes = slices()
+    named = set(re.findall(r"/dev/nvidia-caps/nvidia-cap\d+", text))
+    return computes <= named <= instances | computes
+
+
 def specs():
-    """{file: driver version} of the CDI specifications that name NVIDIA's GPUs."""
+    """{file: {driver, slices}} of the CDI specifications that name NVIDIA's GPUs."""
     found = {}
     for folder in SPECS:
         for path in sorted(glob.glob(folder + "/*")):
             text = read(path) if path.endswith((".yaml", ".json")) else ""
             if re.search(r"""kind["']?:\s*["']?nvidia\.com/gpu["']?""", text):
-                found[path] = spec_version(text)
+                found[path] = {"driver": spec_version(text), "slices": of_these_slices(text)}
     return found
 
 

@@ -36,6 +36,10 @@ options:
     description: MiB that each folder needs.
     type: dict
     default: {}
+  wish:
+    description: What is asked for, which comes back as it is.
+    type: dict
+    default: {}
   smi_timeout:
     description: Seconds to wait for nvidia-smi, which hangs when a GPU is in trouble.
     type: int
@@ -70,6 +74,11 @@ compiler:
   description: C(text), C(command), C(path) and C(source) of the compiler that built the kernel.
   returned: success
   type: dict
+device_numbers:
+  description: C(device_id) of each of RV(gpus) as a number, which can be compared.
+  returned: success
+  type: list
+  elements: int
 dkms:
   description: C(module), C(version), C(kernel) and C(state) of what C(dkms status) prints.
   returned: success
@@ -80,7 +89,7 @@ files:
   returned: success
   type: dict
 foreign:
-  description: Installed packages whose names match O(foreign).
+  description: Packages whose names match O(foreign), those that could not be set up included.
   returned: success
   type: list
   elements: str
@@ -132,7 +141,7 @@ noexec:
   type: list
   elements: str
 nvswitches:
-  description: Number of NVSwitches.
+  description: Number of NVSwitches, or of the devices by which those of NVLink 5 are managed.
   returned: success
   type: int
 package_lists:
@@ -169,6 +178,11 @@ smi:
   description: C(version) and number of C(gpus) that nvidia-smi tells, or its C(error).
   returned: success
   type: dict
+unfinished:
+  description: Those of RV(foreign) whose installation was begun and not ended.
+  returned: success
+  type: list
+  elements: str
 uninstaller:
   description: Path of nvidia-uninstall, empty where there is none.
   returned: success
@@ -191,6 +205,10 @@ x_servers:
   returned: success
   type: list
   elements: int
+wish:
+  description: O(wish).
+  returned: success
+  type: dict
 """
 
 import glob
@@ -205,9 +223,10 @@ from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import (
     link,
     loaded_driver,
     nvidia_devices,
+    nvlink_switches,
     output,
     package_lists,
-    packages,
+    package_states,
     read,
     run,
     sha256,
@@ -226,6 +245,8 @@ LIBRARIES = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/li
 INSTALLER_LOG = "/var/lib/nvidia/log"
 ALTERNATE = "/usr/lib/nvidia/alternate-install-present"
 CONTAINER = r"(?:docker[-/]|cri-containerd-|libpod-)([0-9a-f]{64})"
+# States of packages of which nothing but settings is left.
+GONE = ("not-installed", "config-files")
 KERNEL_PACKAGES = re.compile(r"linux-(headers|image)-|kernel(-core|-devel|-modules)?$")
 # One key a distribution: the pair that its dkms signs with.
 KEYS = (
@@ -471,13 +492,16 @@ def look_meanwhile(asked):
     kernel = asked["kernel"] or running
     following = next_kernel(running)
     gpus, switches = nvidia_devices()
-    installed = packages()
+    states = package_states()
+    installed = {name: version for name, (version, state) in states.items() if state == "installed"}
+    foreign = sorted(name for name in states if re.match(asked["foreign"], name) and states[name][1] not in GONE)
     return {
         "running_kernel": running,
         "kernel": kernel,
         "next_kernel": following,
         "gpus": gpus,
-        "nvswitches": len(switches) or len(glob.glob(NVSWITCH + "/*")),
+        "device_numbers": [int(gpu["device_id"] or "0", 16) for gpu in gpus],
+        "nvswitches": len(switches) or len(glob.glob(NVSWITCH + "/*")) or len(nvlink_switches() if gpus else []),
         "loaded": loaded(),
         "modules": modules(),
         "module": on_disk(kernel),
@@ -488,7 +512,8 @@ def look_meanwhile(asked):
         "uninstaller": which("nvidia-uninstall"),
         "runfile_version": (read(INSTALLER_LOG).splitlines() or [""])[0].strip(),
         "alternate": os.path.exists(ALTERNATE),
-        "foreign": sorted(name for name in installed if re.match(asked["foreign"], name)),
+        "foreign": foreign,
+        "unfinished": [name for name in foreign if name not in installed],
         "compiler": compiler(kernel),
         "headers": headers(kernel),
         "next_headers": headers(following),
@@ -499,7 +524,7 @@ def look_meanwhile(asked):
         "packages": {
             name: version
             for name, version in installed.items()
-            if name in asked["packages"] or KERNEL_PACKAGES.match(name) or re.match(asked["foreign"], name)
+            if name in asked["packages"] or KERNEL_PACKAGES.match(name) or name in foreign
         },
         "held": held(),
         "units": units(asked["units"]),
@@ -507,6 +532,7 @@ def look_meanwhile(asked):
         "short": short_of_space(asked["folders"]),
         "noexec": [path for path in asked["folders"] if os.statvfs(existing(path)).f_flag & os.ST_NOEXEC],
         "package_lists": package_lists(),
+        "wish": asked["wish"],
     }
 
 
@@ -518,6 +544,7 @@ def main():
             "foreign": {"type": "str", "default": "^$"},
             "units": {"type": "list", "elements": "str", "default": []},
             "folders": {"type": "dict", "default": {}},
+            "wish": {"type": "dict", "default": {}},
             "smi_timeout": {"type": "int", "default": 60},
             "packages": {"type": "list", "elements": "str", "default": []},
             "files": {"type": "list", "elements": "path", "default": []},

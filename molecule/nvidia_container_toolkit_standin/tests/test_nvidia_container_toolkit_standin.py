@@ -59,6 +59,7 @@ def test_the_specification_is_of_the_driver_and_the_only_one(host):
     text = host.file("/var/run/cdi/nvidia.yaml").content_string
     assert "libcuda.so.580.159.04" in text
     assert "590.48.01" not in text
+    assert "nvidia-caps" not in text  # the slices that there were meanwhile
     assert not host.file("/etc/cdi/nvidia.yaml").exists
     assert host.file("/etc/cdi/nvidia.yaml.former").exists
 

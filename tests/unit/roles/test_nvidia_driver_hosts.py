@@ -31,9 +31,11 @@ def look(kernel: str, *devices: str, driver: str = "nvidia", **other: Any) -> di
     return {
         "kernel": kernel, "running_kernel": kernel, "next_kernel": kernel, "next_module": {}, "next_headers": True,
         "gpus": [{"address": f"0000:1{n}:00.0", "device_id": one, "driver": driver} for n, one in enumerate(devices)],
+        "device_numbers": [int(one, 16) for one in devices],
         "nvswitches": 0, "loaded": {}, "modules": {}, "module": {}, "dkms": [], "broken_dkms": [], "userspace": "",
         "smi": {"version": "", "gpus": 0, "error": "nvidia-smi is not there"}, "uninstaller": "", "runfile_version": "",
-        "alternate": False, "foreign": [], "compiler": {"command": "gcc", "path": "/usr/bin/gcc", "text": "", "source": "x"},
+        "alternate": False, "foreign": [], "unfinished": [],
+        "compiler": {"command": "gcc", "path": "/usr/bin/gcc", "text": "", "source": "x"},
         "headers": True, "secure_boot": False, "signing_key": {"key": "", "certificate": "", "enrolled": False},
         "users": [], "x_servers": [], "packages": {}, "held": [], "units": {}, "files": {}, "short": [], "noexec": [],
         "package_lists": True, **other,
@@ -52,7 +54,8 @@ def host(render: Callable[..., Any], role_vars: Callable[..., dict[str, Any]]) -
             "role_path": str(ROLE),
             **said,
         }
-        variables["__nvidia_driver_probe"] = look(kernel, *devices, **(found or {}))
+        wish = render("{{ __nvidia_driver_wish }}", **variables)
+        variables["__nvidia_driver_probe"] = look(kernel, *devices, wish=wish, **(found or {}))
         return render(f"{{{{ {name} }}}}", **variables)
 
     return host
@@ -187,6 +190,27 @@ def test_a_fabric_manager_is_no_driver_in_the_way(host: Callable[..., Any]) -> N
         "__nvidia_driver_problems", ROCKY9, H200, found=installed("580.95.05"), **RUNFILE, nvidia_driver_branch="580"
     )
     assert "in its way is a driver that came otherwise: kmod-nvidia-open-dkms" in problem
+
+
+def test_packages_that_could_not_be_set_up_are_removed_and_are_no_way_back(host: Callable[..., Any]) -> None:
+    found = {"foreign": ["nvidia-dkms-535", "nvidia-utils-535"], "unfinished": ["nvidia-dkms-535"]}
+    assert host("__nvidia_driver_unfinished", UBUNTU, H200, found=found, **RUNFILE) == ["nvidia-dkms-535"]
+    assert host("__nvidia_driver_good_packages", UBUNTU, H200, found=found, **RUNFILE) == ["nvidia-utils-535"]
+    (problem,) = host("__nvidia_driver_problems", UBUNTU, H200, found=found, **RUNFILE)
+    assert "in its way is a driver that came otherwise: nvidia-dkms-535, nvidia-utils-535" in problem
+
+
+@pytest.mark.parametrize(("device", "file"), [(H200, False), (B200, True)])
+def test_nvlink_5_has_a_subnet_manager(host: Callable[..., Any], device: str, file: bool) -> None:
+    name, files = (
+        "/etc/modules-load.d/baremetal-nvidia.conf",
+        "__nvidia_driver_files | selectattr('wanted') | map(attribute='path') | list",
+    )
+    assert (name in host(files, ROCKY9, device, found={"nvswitches": 2}, **PACKAGE)) is file
+    assert (
+        "nvlsm" in host("__nvidia_driver_fabric_packages", ROCKY9, device, found={"nvswitches": 2}, **PACKAGE)
+    ) is file
+    assert name not in host(files, ROCKY9, device, **PACKAGE)
 
 
 @pytest.mark.parametrize(

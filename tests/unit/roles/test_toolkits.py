@@ -130,7 +130,8 @@ def look(**other: Any) -> dict[str, Any]:
     """A host where all is well, with what is said otherwise."""
     spec = "/var/run/cdi/nvidia.yaml"
     return {
-        "gpus": 2, "driver": DRIVER, "specs": {spec: DRIVER}, "refresh": True, "packages": dict.fromkeys(PACKAGES, "1.20.0-1"),
+        "gpus": 2, "driver": DRIVER, "specs": {spec: {"driver": DRIVER, "slices": True}}, "refresh": True,
+        "packages": dict.fromkeys(PACKAGES, "1.20.0-1"),
         "held": list(PACKAGES), "foreign_sources": [], "docker": "26.1.5", "accepted": "", "files": {},
         "daemon_json": {"runtimes": {"nvidia": {"path": "nvidia-container-runtime"}}, "features": {"cdi": True}}, **other,
     }  # fmt: skip
@@ -188,11 +189,19 @@ def test_four_packages_move_together(toolkit: Callable[..., Any]) -> None:
     ("specs", "problem"),
     [
         ({}, "there is no /var/run/cdi/nvidia.yaml"),
-        ({"/var/run/cdi/nvidia.yaml": "550.144.03"}, f"/var/run/cdi/nvidia.yaml is not of driver {DRIVER}"),
-        ({"/var/run/cdi/nvidia.yaml": DRIVER, "/etc/cdi/nvidia.yaml": DRIVER}, "/etc/cdi/nvidia.yaml names the same"),
+        ({"/var/run/cdi/nvidia.yaml": ("550.144.03", True)}, f"/var/run/cdi/nvidia.yaml is not of driver {DRIVER}"),
+        (
+            {"/var/run/cdi/nvidia.yaml": (DRIVER, False)},
+            "/var/run/cdi/nvidia.yaml is not of the MIG slices that there are now",
+        ),
+        (
+            {"/var/run/cdi/nvidia.yaml": (DRIVER, True), "/etc/cdi/nvidia.yaml": (DRIVER, True)},
+            "/etc/cdi/nvidia.yaml names the same",
+        ),
     ],
 )
 def test_a_specification_that_is_not_the_drivers(
-    toolkit: Callable[..., Any], specs: dict[str, str], problem: str
+    toolkit: Callable[..., Any], specs: dict[str, tuple[str, bool]], problem: str
 ) -> None:
-    assert [text for text in toolkit("cdi_problems", specs=specs) if text.startswith(problem)]
+    found = {path: {"driver": driver, "slices": slices} for path, (driver, slices) in specs.items()}
+    assert [text for text in toolkit("cdi_problems", specs=found) if text.startswith(problem)]

@@ -65,7 +65,7 @@ def test_daemon_json_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 DPKG = """[ "$1" = -W ] && [ "$2" = -f ] || { echo "dpkg-query: error" >&2; exit 2; }
-printf 'gcc-12 12.2.0-14 installed\\ndocker.io 20.10.24 config-files\\nlibc6 2.36 installed\\n'
+printf 'gcc-12 12.2.0-14 installed\\ndocker.io 20.10.24 config-files\\nlibc6 2.36 installed\\nnvidia-dkms-535 535.1 half-configured\\n'
 """
 RPM = """case "$1" in
   -q) echo "package rpm is not installed"; exit 1 ;;
@@ -77,6 +77,7 @@ esac
 def test_packages_of_dpkg(programs: Callable[..., None]) -> None:
     programs(dpkg_query=DPKG)
     assert host_look.packages() == {"gcc-12": "12.2.0-14", "libc6": "2.36"}
+    assert host_look.package_states()["nvidia-dkms-535"] == ("535.1", "half-configured")
 
 
 def test_packages_of_rpm_with_their_epoch(programs: Callable[..., None]) -> None:
@@ -113,6 +114,14 @@ def test_sources_of_somebody_elses_making(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(host_look, "SOURCES", (f"{tmp_path}/*",))
     found = host_look.foreign_sources("download[.]example", "own")
     assert [Path(path).name for path in found] == ["b.list", "c.repo"]
+
+
+def test_switches_of_nvlink_5(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, data in (("mlx5_0", b"\x82\x2c\x00ConnectX-7\xff"), ("mlx5_4", b"\x90V3\x06SW_MNG\xfe")):
+        (tmp_path / name / "device").mkdir(parents=True)
+        (tmp_path / name / "device/vpd").write_bytes(data)
+    monkeypatch.setattr(host_look, "INFINIBAND", str(tmp_path))
+    assert host_look.nvlink_switches() == ["mlx5_4"]
 
 
 def test_a_command_that_hangs_or_is_not_there() -> None:

@@ -184,13 +184,18 @@ def test_only_display_controllers_of_nvidia_count(scene: Callable[..., None], fa
             "0000:02:00.0": ("0x1002", "0x030000", "0x73bf", "amdgpu"),
             "0000:03:00.0": ("0x10de", "0x030200", "0x2335", None),  # 3D, without a driver
             "0000:04:00.0": ("0x10de", "0x068000", "0x22a3", None),  # NVSwitch
-        }
+        },
+        {
+            "sys/class/infiniband/mlx5_0/device/vpd": b"ConnectX-7",
+            "sys/class/infiniband/mlx5_1/device/vpd": b"\x90V3\x06SW_MNG\xfe",
+        },
     )
     assert [(one["address"], one["device_id"], one["driver"]) for one in gpu["pci"]] == [
         ("0000:01:00.0", "1db6", "nouveau"),
         ("0000:03:00.0", "2335", None),
     ]
-    assert (gpu["state"], gpu["nvswitches"]) == ("no_driver", ["0000:04:00.0"])
+    # The second is a device by which switches of NVLink 5 are managed; on a real host its folder is a link to the PCI address.
+    assert (gpu["state"], gpu["nvswitches"]) == ("no_driver", ["0000:04:00.0", "device"])
     assert gpu["nouveau"] == {"loaded": ["nouveau"], "bound": ["0000:01:00.0"]}
     assert (gpu["device"], gpu["gpus"], gpu["driver_version"]) == ("cpu", [], None)
     assert gpu["problem"] == (

@@ -32,10 +32,36 @@ def test_driver_and_specifications(
     monkeypatch.setattr(info, "daemon_json", lambda: {"options": settings, "error": ""})
     result = run_module(info, packages=["nvidia-container-toolkit"], note=str(tmp_path / "note"))
     assert (result["driver"], result["gpus"], result["accepted"]) == ("580.159.04", 0, "")
-    assert {Path(path).name: version for path, version in result["specs"].items()} == {
-        "nvidia.yaml": "580.159.04",
-        "old.json": "550.144.03",
+    assert {Path(path).name: spec for path, spec in result["specs"].items()} == {
+        "nvidia.yaml": {"driver": "580.159.04", "slices": True},
+        "old.json": {"driver": "550.144.03", "slices": True},
     }
     assert result["packages"] == {"nvidia-container-toolkit": "1.20.0-1"}
     assert result["held"] == ["nvidia-container-toolkit"]
     assert result["daemon_json"] == {"runtimes": {"nvidia": {}}}
+
+
+@pytest.mark.parametrize(
+    ("minors", "named", "fits"),
+    [
+        ([], [], True),
+        ([21, 22, 30, 31], [21, 22, 30, 31], True),
+        ([21, 22, 30, 31], [21, 22], False),  # a slice more
+        ([21, 22, 30, 31], [], False),  # made before the GPU was cut
+        ([21, 22], [21, 22, 30, 31], False),  # a slice less
+        ([], [21, 22], False),  # a whole GPU again
+    ],
+)
+def test_a_specification_of_other_slices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minors: list[int], named: list[int], fits: bool
+) -> None:
+    """Of each slice an instance and a compute instance in it, which the kernel and the specification tell by device files."""
+    monkeypatch.setattr(info, "CAPABILITIES", str(tmp_path / "gpu*/mig"))
+    (tmp_path / "gpu0/mig").mkdir(parents=True)
+    (tmp_path / "gpu0/mig/config").write_text("DeviceFileMinor: 1\n")
+    for number, minor in enumerate(minors):
+        folder = tmp_path / f"gpu0/mig/gi{number // 2}" / ("ci0" if number % 2 else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "access").write_text(f"DeviceFileMinor: {minor}\nDeviceFileMode: 292\nDeviceFileModify: 1\n")
+    text = "".join(f"        - path: /dev/nvidia-caps/nvidia-cap{minor}\n" for minor in named)
+    assert info.of_these_slices("kind: nvidia.com/gpu\n" + text) is fits

@@ -132,6 +132,20 @@ def test_a_disk_that_is_too_small_is_named(tmp_path):
     assert line.endswith(f"MiB free of {10**9} needed")
 
 
+def test_packages_that_were_never_set_up_are_in_the_way_too(run_module: Callable[..., dict[str, Any]], monkeypatch):
+    states = {
+        "nvidia-dkms-535": ("535.1", "half-configured"),
+        "nvidia-utils-535": ("535.1", "installed"),
+        "nvidia-driver-470": ("470.1", "config-files"),
+        "bash": ("5", "installed"),
+    }
+    monkeypatch.setattr(nvidia_driver_info, "package_states", lambda: states)
+    result = run_module(nvidia_driver_info, foreign="^nvidia-", packages=["bash", "nvidia-dkms-535"])
+    assert result["foreign"] == ["nvidia-dkms-535", "nvidia-utils-535"]
+    assert result["unfinished"] == ["nvidia-dkms-535"]
+    assert result["packages"] == {"bash": "5", "nvidia-utils-535": "535.1"}
+
+
 def test_a_host_without_gpus(run_module: Callable[..., dict[str, Any]], tmp_path, monkeypatch):
     monkeypatch.setattr(host_look, "PCI", str(tmp_path))
     result = run_module(nvidia_driver_info, check=True, folders={str(tmp_path): 10**9}, packages=["none"])

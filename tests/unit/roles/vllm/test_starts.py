@@ -30,6 +30,10 @@ VALUES = {
             "10.5 of 139.72 GiB are free",
         ),
         ("RuntimeError: The NVIDIA driver on your system is too old (found version 12020).", "the CUDA of vLLM 0.25.1"),
+        (
+            "RuntimeError: Unexpected error from cudaGetDeviceCount(). ... Error 802: system not yet initialized",
+            "a fabric manager of the driver's very version",
+        ),
         ("nvidia-container-cli: requirement error: unsatisfied condition: cuda>=13.0", "Upgrade the driver"),
         ("OSError: [Errno 98] Address already in use", "listens on 127.0.0.1 port 8000"),
         ("RuntimeError: NCCL error: unhandled system error", "NCCL_P2P_DISABLE"),
