@@ -14,6 +14,7 @@ not restart, stands for a placement that cannot be met, 75 (EX_TEMPFAIL) for wha
 # pylint: disable=disallowed-name # _ is a value that nothing reads
 import argparse
 import os
+import socket
 import sys
 import time
 
@@ -90,9 +91,12 @@ def main():
     wait, address = Wait(options.wait), os.environ["RAY_ADDRESS"]
     while True:
         try:
+            # Ray itself tries for minutes and says little of it.
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), 5).close()
             ray.init(address=address, logging_level="ERROR", log_to_driver=False)
             break
-        except (ConnectionError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             problem = (str(error).splitlines() or [type(error).__name__])[0]
             ray.shutdown()
             wait.go_on(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -92,10 +93,15 @@ def opened(
 ) -> tuple[int, str]:
     """Status and output of the gate before a stand-in of Ray."""
     (folder / "ray.py").write_text(f"FIRST, SEEN, FREE = {first}, {seen}, {list(free)}\n{RAY}")
-    environment = {**os.environ, "PYTHONPATH": str(folder), "RAY_ADDRESS": "10.0.0.1:6379"}
     command = [sys.executable, str(FILE), "--node", "gpu1=10.0.0.1=2", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
-    return done.returncode, done.stdout + done.stderr
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if first:  # without a first call that is answered, nobody listens at all
+            server.listen()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        environment = {**os.environ, "PYTHONPATH": str(folder), "RAY_ADDRESS": address}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    return done.returncode, (done.stdout + done.stderr).replace(address, "10.0.0.1:6379")
 
 
 @pytest.mark.parametrize("python", [sys.executable, "python3"])
@@ -143,6 +149,7 @@ def test_a_placement_that_can_never_be_met_ends_at_once_standin(tmp_path: Path) 
     [
         ([[]], 1, 75, "PlacementError: not in the cluster after 1 s: gpu1 (10.0.0.1)"),
         ([[]], 99, 75, "PlacementError: no Ray cluster at 10.0.0.1:6379 after 1 s: nobody listens there"),
+        ([[]], 0, 75, "PlacementError: no Ray cluster at 10.0.0.1:6379 after 1 s: [Errno 111] Connection refused"),
         (
             [[(1, 2), (9, 2)]],
             1,
