@@ -34,6 +34,13 @@ options:
     type: list
     elements: str
     default: []
+  ports:
+    description:
+      - Lowest and highest port to serve on, such as those that a firewall lets through. The highest one that is free is taken.
+      - Empty takes any.
+    type: list
+    elements: int
+    default: []
   seconds:
     description: How long to serve.
     type: int
@@ -245,17 +252,19 @@ def family(address):
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
-def bind(address):
+def bind(address, ports):
     """A TCP and a UDP socket on one port of an address."""
-    for _attempt in range(20):
+    for port in range(ports[1], ports[0] - 1, -1) if ports else [0] * 20:
         tcp = socket.socket(family(address), socket.SOCK_STREAM)
         udp = socket.socket(family(address), socket.SOCK_DGRAM)
-        tcp.bind((address, 0))
         try:
+            tcp.bind((address, port))
             udp.bind((address, tcp.getsockname()[1]))
-        except (IOError, OSError):
+        except (IOError, OSError) as error:
             tcp.close()
             udp.close()
+            if error.errno != errno.EADDRINUSE:
+                raise
             continue
         tcp.listen(64)
         return tcp, udp
@@ -328,7 +337,7 @@ def serve_in_background(params):
     sockets, ports = [], {}
     for address in sorted(set(params["addresses"])):
         try:
-            pair = bind(address)
+            pair = bind(address, params["ports"])
         except (IOError, OSError) as error:
             raise ValueError("cannot listen on %s: %s" % (address, explain(error)))
         sockets += pair
@@ -432,6 +441,7 @@ def main():
             "token": {"type": "str", "no_log": True},
             "name": {"type": "str"},
             "addresses": {"type": "list", "elements": "str", "default": []},
+            "ports": {"type": "list", "elements": "int", "default": []},
             "seconds": {"type": "int", "default": 120},
             "peers": {"type": "list", "elements": "dict", "default": []},
             "timeout": {"type": "int", "default": 5},

@@ -14,6 +14,7 @@ not restart, stands for a placement that cannot be met, 75 (EX_TEMPFAIL) for wha
 # pylint: disable=disallowed-name # _ is a value that nothing reads
 import argparse
 import os
+import socket
 import sys
 import time
 
@@ -90,33 +91,41 @@ def main():
     wait, address = Wait(options.wait), os.environ["RAY_ADDRESS"]
     while True:
         try:
+            # Ray itself tries for minutes and says little of it.
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), 5).close()
             ray.init(address=address, logging_level="ERROR", log_to_driver=False)
             break
-        except (ConnectionError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             problem = (str(error).splitlines() or [type(error).__name__])[0]
             ray.shutdown()
             wait.go_on(
                 " for the Ray cluster at %s: %s" % (address, problem),
                 "no Ray cluster at %s after %d s: %s" % (address, options.wait, problem),
             )
+    need, busy_since = sum(gpus for _, _, gpus in expected), None
     while True:
+        # Anew each time: a node that is cut off looks alive for half a minute, with GPUs that nobody gives back.
         missing, strangers, never = judge(ray.nodes(), expected)
         if never or (strangers and not command):
             end(NEVER, "this placement can never be met: " + "; ".join(never + strangers))
+        if missing or strangers:
+            busy_since = None
         if missing:
             told = ", ".join(missing)
             wait.go_on(" for " + told, "not in the cluster after %d s: %s" % (options.wait, told))
-        elif strangers:
+            continue
+        if strangers:
             told = "; ".join(strangers)
             wait.go_on(", since " + told, told)
-        else:
+            continue
+        free = ray.available_resources().get("GPU", 0) if command else need
+        if free >= need:
             break
-    start, need = time.monotonic(), sum(gpus for _, _, gpus in expected)
-    while command and ray.available_resources().get("GPU", 0) < need:
-        if time.monotonic() - start > SETTLE_S:
+        busy_since = busy_since or time.monotonic()
+        if time.monotonic() - busy_since > SETTLE_S:
             from ray.util import placement_group_table
 
-            free = ray.available_resources().get("GPU", 0)
             held = holders(placement_group_table())
             end(LATER, "%d GPUs are needed and %g are free: the others are held by %s" % (need, free, held))
         time.sleep(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -82,17 +83,25 @@ def init(**_):
 def nodes():
     seen = SEEN[min(next(looks), len(SEEN) - 1)]
     return [{"NodeManagerAddress": "10.0.0.%d" % number, "Alive": True, "Resources": {"GPU": float(gpus)}} for number, gpus in seen]
-available_resources = lambda: {"GPU": 4.0}
+def available_resources():
+    return {"GPU": float(FREE.pop(0) if len(FREE) > 1 else FREE[0])}
 """
 
 
-def opened(folder: Path, seen: list[list[tuple[int, int]]], *words: str, first: int = 1) -> tuple[int, str]:
+def opened(
+    folder: Path, seen: list[list[tuple[int, int]]], *words: str, first: int = 1, free: tuple[int, ...] = (4,)
+) -> tuple[int, str]:
     """Status and output of the gate before a stand-in of Ray."""
-    (folder / "ray.py").write_text(f"FIRST, SEEN = {first}, {seen}\n{RAY}")
-    environment = {**os.environ, "PYTHONPATH": str(folder), "RAY_ADDRESS": "10.0.0.1:6379"}
+    (folder / "ray.py").write_text(f"FIRST, SEEN, FREE = {first}, {seen}, {list(free)}\n{RAY}")
     command = [sys.executable, str(FILE), "--node", "gpu1=10.0.0.1=2", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
-    return done.returncode, done.stdout + done.stderr
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if first:  # without a first call that is answered, nobody listens at all
+            server.listen()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        environment = {**os.environ, "PYTHONPATH": str(folder), "RAY_ADDRESS": address}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    return done.returncode, (done.stdout + done.stderr).replace(address, "10.0.0.1:6379")
 
 
 @pytest.mark.parametrize("python", [sys.executable, "python3"])
@@ -116,6 +125,17 @@ def test_before_a_server_what_is_missing_is_waited_for_standin(tmp_path: Path) -
     assert all(line.startswith(begin) for line, begin in zip(text.splitlines(), said, strict=True)), text
 
 
+def test_a_node_that_is_found_dead_while_gpus_come_free_is_waited_for_standin(tmp_path: Path) -> None:
+    """Ray takes half a minute to see that a host is cut off; until then the node looks alive, and its GPUs are held."""
+    both, one = [(1, 2), (2, 2)], [(1, 2)]
+    words = ("--node", "gpu2=10.0.0.2=2", "--", "echo", "a server")
+    status, text = opened(tmp_path, [both, both, one, one, both], *words, free=(2, 2, 4))
+    assert (status, text) == (
+        0,
+        "placement: waiting for gpu2 (10.0.0.2)\nplacement: 2 nodes with 4 GPUs are here\na server\n",
+    )
+
+
 def test_a_placement_that_can_never_be_met_ends_at_once_standin(tmp_path: Path) -> None:
     status, text = opened(tmp_path, [[(1, 1)]], "--", "echo", "a server")
     assert (status, text) == (
@@ -129,6 +149,7 @@ def test_a_placement_that_can_never_be_met_ends_at_once_standin(tmp_path: Path) 
     [
         ([[]], 1, 75, "PlacementError: not in the cluster after 1 s: gpu1 (10.0.0.1)"),
         ([[]], 99, 75, "PlacementError: no Ray cluster at 10.0.0.1:6379 after 1 s: nobody listens there"),
+        ([[]], 0, 75, "PlacementError: no Ray cluster at 10.0.0.1:6379 after 1 s: [Errno 111] Connection refused"),
         (
             [[(1, 2), (9, 2)]],
             1,

@@ -97,6 +97,18 @@ def test_names_what_is_wrong(run_module: Run) -> None:
         assert "no answer within the time limit" in measure(run_module, port=silent.getsockname()[1])["problem"]
 
 
+def test_serves_on_ports_that_a_firewall_lets_through(run_module: Run) -> None:
+    words = {"action": "serve", "token": "word", "name": "b", "addresses": [THERE], "seconds": 10}
+    with socket.socket() as taken:
+        taken.bind((THERE, 0))
+        high = taken.getsockname()[1]
+        found = run_module(interconnect_probe, **words, ports=[high - 50, high])["ports"][THERE]
+        assert high - 50 <= found < high
+        assert measure(run_module, port=found)["problem"] == ""
+        answer = run_module(interconnect_probe, **words, ports=[high, high])
+    assert answer["failed"] and answer["msg"].startswith("cannot listen on 127.0.0.2: no port is free")
+
+
 def test_an_address_that_the_host_does_not_have(run_module: Run) -> None:
     answer = run_module(interconnect_probe, action="serve", token="word", name="b", addresses=["203.0.113.9"])
     assert answer["failed"]
