@@ -71,7 +71,8 @@ _value:
       description:
         - For each service C(name), C(fits), C(problems), C(hosts), C(gpus) (indices by host), C(gpu_uuids),
           C(tensor_parallel_size), C(pipeline_parallel_size), C(data_parallel_size),
-          C(api_server_count) (none where vLLM decides), C(gpu_memory_utilization), C(max_model_len), C(max_num_seqs), C(max_num_batched_tokens), C(dtype), C(enforce_eager), C(executor),
+          C(api_server_count) (none where vLLM decides), C(gpu_memory_utilization), C(max_model_len), C(max_num_seqs),
+          C(max_num_batched_tokens), C(dtype), C(enforce_eager), C(executor),
           C(engine_version), C(image), C(command), C(env), C(args), C(port), C(memory) and C(why).
         - C(instances) has the same for each server where there are several. C(node_args) of an instance has the
           arguments of each host where stages span hosts without Ray.

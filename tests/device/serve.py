@@ -30,6 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "collections"), str(Path(__file__).parent)]
 import dummy_model  # noqa: E402
+
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.tables import load  # noqa: E402
 
 # Measured KV tokens may be this much off the plan (docs/performance.md has the planner's own bounds).
