@@ -181,6 +181,12 @@ class Fleet:
     def mend(self, host: str) -> None:
         docker("network", "connect", "--ip", self.address(host), self.fabric, host)
 
+    def plug(self, host: str) -> None:
+        """Ends the cut of a host that is on. Docker names its interface anew, which no cable does."""
+        name = f"ip -o -4 addr | awk '/ {self.address(host)}\\// {{print $2}}'"
+        self.mend(host)
+        self.sh(host, f"n=$({name}); ip link set $n down && ip link set $n name eth1 && ip link set eth1 up")
+
     def play(
         self,
         playbook: Path | str,
