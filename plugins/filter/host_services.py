@@ -157,7 +157,7 @@ def _named(args: list[str]) -> list[str]:
     for arg in args:
         value = arg
         if arg.startswith("--"):
-            option, _, value = arg.partition("=")
+            option, value = arg.partition("=")[::2]
         if option not in NO_FILES:
             found += _files(value)
     return found

@@ -132,9 +132,12 @@ import time
 from ansible.module_utils.basic import AnsibleModule
 
 NETLINK_ROUTE = 0  # linux/netlink.h
-NLMSG_ERROR, NLMSG_DONE, NLM_F_DUMP_REQUEST = 2, 3, 0x301
+NLMSG_ERROR = 2
+NLMSG_DONE = 3
+NLM_F_DUMP_REQUEST = 0x301
 RTM_GETADDR = 22  # linux/rtnetlink.h
-IFA_ADDRESS, IFA_LOCAL = 1, 2  # linux/if_addr.h
+IFA_ADDRESS = 1  # linux/if_addr.h
+IFA_LOCAL = 2
 IP_MTU_DISCOVER = 10  # linux/in.h
 IP_PMTUDISC_DO = 2
 IPV6_MTU_DISCOVER = 23
