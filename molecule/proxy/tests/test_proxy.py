@@ -105,7 +105,8 @@ def test_limits(ask):
     assert answer["status"] == 413
     assert "larger than 1 MiB" in json.loads(answer["text"])["error"]["message"]
     time.sleep(2)
-    statuses = [answer["status"] for answer in ask("/v1/models", many=80)]
+    # So many that a busy machine, which sends 15 a second, goes beyond the limit, too.
+    statuses = [answer["status"] for answer in ask("/v1/models", many=200)]
     assert set(statuses) == {200, 429}
     assert statuses.count(200) >= 31, "10 a second and 30 at once"
     assert ask("/health")[0]["status"] == 200, "who watches is not told to wait"
