@@ -70,7 +70,7 @@ STAGES: dict[str, list[Gate]] = {
         Gate("changelog", ["antsibull-changelog", "lint"], 60),
         Gate("ansible-lint", ["ansible-lint", "--offline", "--strict"], 600),
     ],
-    "unit": [pytest("unit", 900)],
+    "unit": [pytest("unit", 1800)],
     "quality": [pytest("quality", 1200)],
     "molecule": [Gate("scenarios", ["molecule/run.sh"], 2400)],
     "integration": [pytest("integration", 2700)],
