@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import ROOT, run
 
 from ansible_collections.baremetal.vllm.tests.fakes.openai_server import OpenAiServer
 
-ROOT = Path(__file__).parents[4]
 OLD = {
     "venv": {"api_key": "sk-old\n", "env": "OLD=1\n", "start.sh": "old venv\n", "plan.json": "{}\n", "unit": "old unit\n"},
     "container": {
@@ -60,17 +60,8 @@ class Host:
         tasks = [begin, {"ansible.builtin.include_role": include, "vars": given}, end]
         play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "tasks": tasks}
         (self.folder / "play.yml").write_text(json.dumps([play]))
-        done = subprocess.run(
-            [sys.executable, "-m", "ansible", "playbook", "-i", "localhost,", str(self.folder / "play.yml")],
-            cwd=ROOT,
-            env={**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_PYTHON_INTERPRETER": sys.executable},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        command = ["ansible-playbook", "-i", "localhost,", self.folder / "play.yml"]
+        done = run(command, ROOT, ANSIBLE_NOCOLOR="1", ANSIBLE_PYTHON_INTERPRETER=sys.executable)
         return " ".join(done.stdout.split())
 
 

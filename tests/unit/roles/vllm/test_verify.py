@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import ROOT, run
 
-ROOT = Path(__file__).parents[4]
 PLAY = [{
     "hosts": "all", "gather_facts": False,
     "tasks": [{"ansible.builtin.include_role": {"name": "baremetal.vllm.vllm", "tasks_from": "verify"}}],
@@ -28,26 +26,8 @@ def verify(folder: Path, *arguments: str) -> tuple[str, int]:
     }  # fmt: skip
     (folder / "hosts.json").write_text(json.dumps({"all": {"hosts": hosts, "vars": common}}))
     (folder / "play.yml").write_text(json.dumps(PLAY))
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "ansible",
-            "playbook",
-            "-i",
-            str(folder / "hosts.json"),
-            str(folder / "play.yml"),
-            *arguments,
-        ],
-        cwd=ROOT,
-        env={**os.environ, "ANSIBLE_NOCOLOR": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    command = ["ansible-playbook", "-i", folder / "hosts.json", folder / "play.yml", *arguments]
+    done = run(command, ROOT, ANSIBLE_NOCOLOR="1")
     return " ".join(done.stdout.split()), done.returncode
 
 
