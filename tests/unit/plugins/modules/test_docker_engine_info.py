@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,9 @@ def test_a_host_without_an_engine(run_module: Callable[..., dict[str, Any]], mon
     assert result["packages"] == {"docker-ce": "5:29.1.3"}
     assert result["files"] == {"/none": ""}
     assert result["nofile_possible"] is True
+    # The module's own limit is that of every program it starts.
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] > 64
+    assert run_module(docker_engine_info, nofile=2**60)["nofile_possible"] is False
 
 
 DOCKERD = """#!/bin/sh

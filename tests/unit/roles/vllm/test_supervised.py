@@ -53,7 +53,9 @@ class Supervisor:
     def run(self, program: str, *words: str) -> str:
         command = [str(self.bin / program), f"--configuration={self.folder}/supervisord.conf", *words]
         path = {"PATH": f"{self.folder}:/usr/bin:/bin"}
-        return subprocess.run(command, env=path, capture_output=True, text=True, timeout=60, check=False).stdout
+        done = subprocess.run(command, env=path, capture_output=True, text=True, timeout=60, check=False)
+        assert program == "supervisorctl" or not done.returncode, done.stderr
+        return done.stdout
 
     def state(self, name: str) -> str:
         return self.run("supervisorctl", "status", name).split()[1]
