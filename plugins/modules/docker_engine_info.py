@@ -14,6 +14,11 @@ version_added: 0.1.0
 description:
   - The engine that is installed and the one that runs, their settings, unit and packages. Never changes or starts anything.
 options:
+  engines:
+    description: Packages that bring an engine.
+    type: list
+    elements: str
+    default: []
   nofile:
     description: Open files that a container is to be allowed.
     type: int
@@ -53,6 +58,10 @@ dockerd:
   description: Path of the engine's program, empty where there is none.
   returned: success
   type: str
+engine_package:
+  description: First of O(engines) that is installed, empty where none is.
+  returned: success
+  type: str
 files:
   description: SHA-256 of each of O(files), empty where it is missing.
   returned: success
@@ -63,7 +72,9 @@ foreign_sources:
   type: list
   elements: str
 info:
-  description: What the running engine says of itself, cut to what the role compares; empty where none answers.
+  description:
+    - What the running engine says of itself, cut to what the role compares; empty where none answers. Its C(settings) have the
+      names of daemon.json.
   returned: success
   type: dict
 newer_files:
@@ -171,10 +182,12 @@ def engine_info():
         if isinstance(info, dict) and info.get("ServerVersion"):
             return {
                 "version": info["ServerVersion"],
-                "data_root": info.get("DockerRootDir", ""),
-                "live_restore": info.get("LiveRestoreEnabled", False),
-                "log_driver": info.get("LoggingDriver", ""),
-                "registry_mirrors": (info.get("RegistryConfig") or {}).get("Mirrors") or [],
+                "settings": {
+                    "data-root": info.get("DockerRootDir", ""),
+                    "live-restore": info.get("LiveRestoreEnabled", False),
+                    "log-driver": info.get("LoggingDriver", ""),
+                    "registry-mirrors": (info.get("RegistryConfig") or {}).get("Mirrors") or [],
+                },
                 "runtimes": sorted(info.get("Runtimes") or {}),
                 "swarm": (info.get("Swarm") or {}).get("LocalNodeState") == "active",
                 "containers": info.get("Containers", 0),
@@ -264,6 +277,7 @@ def look(asked):
         "info": engine_info() if pid else {},
         "daemon_json": daemon_json(),
         "packages": {name: installed[name] for name in asked["packages"] if name in installed},
+        "engine_package": next((name for name in asked["engines"] if name in installed), ""),
         "objection": objection(dockerd, version.group(1), service["arguments"], asked["settings"])
         if version and asked["settings"]
         else "",
@@ -279,6 +293,7 @@ def main():
     module = AnsibleModule(
         argument_spec={
             "packages": {"type": "list", "elements": "str", "default": []},
+            "engines": {"type": "list", "elements": "str", "default": []},
             "files": {"type": "list", "elements": "path", "default": []},
             "nofile": {"type": "int", "default": 0},
             "settings": {"type": "str", "default": "", "no_log": True},  # proxies may have passwords

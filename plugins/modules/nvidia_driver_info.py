@@ -36,6 +36,10 @@ options:
     description: MiB that each folder needs.
     type: dict
     default: {}
+  generations:
+    description: First and last number of the devices of each generation, by its name.
+    type: dict
+    default: {}
   wish:
     description: What is asked for, which comes back as it is.
     type: dict
@@ -74,11 +78,6 @@ compiler:
   description: C(text), C(command), C(path) and C(source) of the compiler that built the kernel.
   returned: success
   type: dict
-device_numbers:
-  description: C(device_id) of each of RV(gpus) as a number, which can be compared.
-  returned: success
-  type: list
-  elements: int
 dkms:
   description: C(module), C(version), C(kernel) and C(state) of what C(dkms status) prints.
   returned: success
@@ -93,6 +92,10 @@ foreign:
   returned: success
   type: list
   elements: str
+generations:
+  description: Numbers of the devices in RV(gpus) that belong to each of O(generations).
+  returned: success
+  type: dict
 gpus:
   description: C(address), C(device_id) and C(driver) of each display controller of NVIDIA.
   returned: success
@@ -478,6 +481,15 @@ def existing(path):
     return path
 
 
+def of_generations(gpus, ranges):
+    """Numbers of the GPUs' devices that lie within the (first, last) of each generation."""
+    numbers = [int(gpu["device_id"] or "0", 16) for gpu in gpus]
+    return {
+        name: [number for number in numbers if any(first <= number <= last for first, last in pairs)]
+        for name, pairs in ranges.items()
+    }
+
+
 def look(asked):
     # dkms is a script of many programs and takes as long as all the rest. What uses GPUs is not to be asked beside nvidia-smi.
     with ThreadPoolExecutor(1) as pool:
@@ -500,7 +512,7 @@ def look_meanwhile(asked):
         "kernel": kernel,
         "next_kernel": following,
         "gpus": gpus,
-        "device_numbers": [int(gpu["device_id"] or "0", 16) for gpu in gpus],
+        "generations": of_generations(gpus, asked["generations"]),
         "nvswitches": len(switches) or len(glob.glob(NVSWITCH + "/*")) or len(nvlink_switches() if gpus else []),
         "loaded": loaded(),
         "modules": modules(),
@@ -544,6 +556,7 @@ def main():
             "foreign": {"type": "str", "default": "^$"},
             "units": {"type": "list", "elements": "str", "default": []},
             "folders": {"type": "dict", "default": {}},
+            "generations": {"type": "dict", "default": {}},
             "wish": {"type": "dict", "default": {}},
             "smi_timeout": {"type": "int", "default": 60},
             "packages": {"type": "list", "elements": "str", "default": []},

@@ -34,3 +34,59 @@ def test_live_restore(
 ) -> None:
     row = next(row for row in role_vars("docker", "main")["__docker_checks"] if "Allowed are true" in row["message"])
     assert render(row["wrong"], docker_live_restore=value) is wrong
+
+
+def look(**other: Any) -> dict[str, Any]:
+    """What docker_engine_info returns for a Debian 13 host with the distribution's engine, and what is said otherwise."""
+    return {
+        "pid1": "systemd", "dockerd": "/usr/sbin/dockerd", "version": "20.10.24", "engine_package": "docker.io",
+        "packages": {"docker.io": "20.10.24+dfsg1-1", "docker-cli": "20.10.24+dfsg1-1"}, "pid": 1,
+        "unit": {"exists": True, "enabled": True, "needs_reload": False, "arguments": []},
+        "info": {"settings": {"data-root": "/var/lib/docker"}, "images": 2, "containers": 1, "swarm": False, "runtimes": []},
+        "daemon_json": {"options": {}, "error": ""}, "files": {}, "newer_files": [], "foreign_sources": [], "objection": "",
+        "package_lists": True, "nofile_limit": 2**20, "nofile_possible": True, **other,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def docker(render: Callable[..., Any], role_vars: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
+    """docker(expression, what the look finds, what is said) -> its value"""
+
+    def docker(name: str, found: dict[str, Any] | None = None, **said: Any) -> Any:
+        facts = {
+            "distribution": "Debian", "distribution_version": "13.1", "distribution_major_version": "13",
+            "distribution_release": "trixie", "architecture": "x86_64",
+        }  # fmt: skip
+        given = {
+            "ansible_facts": facts,
+            "__docker_probe": look(**(found or {})),
+            "ansible_check_mode": False,
+            "inventory_hostname": "h",
+        }
+        return render(f"{{{{ __docker_{name} }}}}", **role_vars("docker", "main", "Debian", "Debian_13") | given | said)
+
+    return docker
+
+
+def test_a_data_root_with_something_in_it_is_left_by_consent(docker: Callable[..., Any]) -> None:
+    said = {"docker_data_root": "/data/docker"}
+    (problem,) = docker("problems", **said)
+    assert "keeps 2 images and 1 containers in /var/lib/docker" in " ".join(problem.split())
+    assert "docker_leave_old_data_root to true" in problem
+    assert docker("problems", **said, docker_leave_old_data_root=True) == []
+    empty = {"info": {**look()["info"], "images": 0, "containers": 0}}
+    assert docker("problems", empty, **said) == []
+    assert docker("daemon_options", **said, docker_leave_old_data_root=True)["data-root"] == "/data/docker"
+
+
+def test_a_version_that_is_asked_for(docker: Callable[..., Any]) -> None:
+    """Of the engine and of its client, which is a package of its own here; nothing else has that version."""
+    there = {"docker_version": "20.10.24+dfsg1-1"}
+    assert docker("install_needed") is False and docker("install_needed", **there) is False
+    other = {"docker_version": "20.10.25-1", "docker_extra_packages": ["docker-compose"]}
+    assert docker("install_needed", **other) is True
+    specs = docker("package_specs", **other)
+    assert {"docker.io=20.10.25-1", "docker-compose"} <= set(specs)
+    assert not [spec for spec in specs if "=" in spec and not spec.startswith(("docker.io=", "docker-cli="))]
+    (problem,) = docker("problems", {"packages": {}, "engine_package": ""}, docker_version="29.1.3")
+    assert "came by other means than a package that this role knows" in " ".join(problem.split())

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+
+from ansible_collections.baremetal.vllm.plugins.modules.nvidia_driver_info import of_generations
 
 ROLE = Path(__file__).parents[3] / "roles/nvidia_driver"
+GENERATIONS = yaml.safe_load((ROLE / "vars/versions.yml").read_text())["__nvidia_driver_generations"]
 DEBIAN, UBUNTU, ROCKY8, ROCKY9 = (
     {"os_family": "Debian", "distribution": "Debian", "distribution_version": "12.11", "distribution_major_version": "12"},
     {"os_family": "Debian", "distribution": "Ubuntu", "distribution_version": "22.04", "distribution_major_version": "22"},
@@ -28,10 +32,10 @@ H200, B200, V100 = "0x2335", "0x2901", "0x1db4"
 
 def look(kernel: str, *devices: str, driver: str = "nvidia", **other: Any) -> dict[str, Any]:
     """What nvidia_driver_info returns for a host without a driver, and what else is said."""
+    gpus = [{"address": f"0000:1{n}:00.0", "device_id": one, "driver": driver} for n, one in enumerate(devices)]
     return {
         "kernel": kernel, "running_kernel": kernel, "next_kernel": kernel, "next_module": {}, "next_headers": True,
-        "gpus": [{"address": f"0000:1{n}:00.0", "device_id": one, "driver": driver} for n, one in enumerate(devices)],
-        "device_numbers": [int(one, 16) for one in devices],
+        "gpus": gpus, "generations": of_generations(gpus, GENERATIONS),
         "nvswitches": 0, "loaded": {}, "modules": {}, "module": {}, "dkms": [], "broken_dkms": [], "userspace": "",
         "smi": {"version": "", "gpus": 0, "error": "nvidia-smi is not there"}, "uninstaller": "", "runfile_version": "",
         "alternate": False, "foreign": [], "unfinished": [],
@@ -221,3 +225,43 @@ def test_the_fabric_manager_is_of_the_very_version(host: Callable[..., Any], the
     found = installed("580.95.05", nvswitches=1)
     found["packages"] = {**found["packages"], "nvidia-fabricmanager": there}
     assert host("__nvidia_driver_fabric_missing", ROCKY9, H200, found=found, **PACKAGE) is missing
+
+
+def test_opengl_comes_by_choice(host: Callable[..., Any]) -> None:
+    said = {**RUNFILE, "nvidia_driver_version": "575.64.03"}
+    flag = "--no-opengl-files"
+    assert flag in host("__nvidia_driver_command", UBUNTU, H200, **said)
+    assert flag not in host("__nvidia_driver_command", UBUNTU, H200, **said, nvidia_driver_opengl=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "unit"),
+    [
+        ("nvidia_driver_persistenced", "nvidia-persistenced.service"),
+        ("nvidia_driver_boot_check", "baremetal-nvidia-check.service"),
+    ],
+)
+def test_a_unit_that_is_no_longer_wanted_goes(host: Callable[..., Any], option: str, unit: str) -> None:
+    path = f"/etc/systemd/system/{unit}"
+    found = installed(
+        "580.159.04",
+        uninstaller="/usr/bin/nvidia-uninstall",
+        files={path: "a sum"},
+        units={unit: {"enabled": True, "active": True}},
+    )
+    said = {**RUNFILE, "nvidia_driver_branch": "580"}
+    for wanted in (True, False):
+        asked = {**said, option: wanted}
+        assert (unit in host("__nvidia_driver_wanted_units", ROCKY9, H200, found=found, **asked)) is wanted
+        assert (path in host("__nvidia_driver_stale_files", ROCKY9, H200, found=found, **asked)) is wanted
+        assert (path in host("__nvidia_driver_leftover_files", ROCKY9, H200, found=found, **asked)) is not wanted
+        assert host("__nvidia_driver_work_needed", ROCKY9, H200, found=found, **asked)
+
+
+def test_a_compiler_that_is_named_is_installed_and_is_that_of_every_later_build(host: Callable[..., Any]) -> None:
+    said = {"nvidia_driver_compiler": "x86_64-linux-gnu-gcc-13"}
+    assert host("__nvidia_driver_compiler_missing", UBUNTU, H200, **said) is True
+    assert host("__nvidia_driver_compiler_missing", UBUNTU, H200) is False
+    assert host("__nvidia_driver_compiler_package", UBUNTU, H200, **said) == "gcc-13"
+    assert "baremetal_cc='x86_64-linux-gnu-gcc-13'\n" in host("__nvidia_driver_dkms_conf_content", UBUNTU, H200, **said)
+    assert "baremetal_cc=''\n" in host("__nvidia_driver_dkms_conf_content", UBUNTU, H200)

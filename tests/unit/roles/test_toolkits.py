@@ -116,6 +116,12 @@ def test_what_can_work_is_not_refused(cuda: Callable[..., Any]) -> None:
     assert cuda("problems", cuda_toolkit_method="network", cuda_toolkit_versions=["12.9"]) == []
 
 
+def test_a_profile_script_that_is_not_wanted_goes(cuda: Callable[..., Any]) -> None:
+    """What the look finds is the script of a host that wants it."""
+    assert cuda("settled", noted="12.2.0") is True
+    assert cuda("settled", noted="12.2.0", cuda_toolkit_profile=False) is False
+
+
 # ---- nvidia_container_toolkit ----
 
 PACKAGES = (
@@ -176,6 +182,14 @@ def test_check_mode_before_there_is_an_engine(toolkit: Callable[..., Any]) -> No
     for said in ({"ansible_check_mode": True}, {"preflight_collects": True}):
         assert toolkit("problems", docker="", said=said) == []
         assert toolkit("engine_needed", docker="", daemon_json={}, said=said) is True
+
+
+def test_packages_are_let_go_where_they_are_not_to_be_held(toolkit: Callable[..., Any]) -> None:
+    said = {"nvidia_container_toolkit_hold": False}
+    assert sorted(toolkit("to_release", said=said)) == sorted(PACKAGES)
+    assert toolkit("to_hold", said=said) == [] and toolkit("install_needed", said=said)
+    assert toolkit("install_needed", said=said, held=[]) == []
+    assert sorted(toolkit("to_hold", held=[])) == sorted(PACKAGES)
 
 
 def test_four_packages_move_together(toolkit: Callable[..., Any]) -> None:
