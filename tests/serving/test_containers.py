@@ -23,7 +23,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
-from host import CACHE, Host, embedder, out, play, reranker, watched  # noqa: E402
+from host import CACHE, Host, adapter, embedder, out, play, reranker, watched  # noqa: E402
 
 from ansible_collections.baremetal.vllm.tests.fakes.hub import Hub  # noqa: E402
 
@@ -131,6 +131,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     base = out(str(ROOT / "molecule/images/build.sh"), "debian12").splitlines()[-1]
     model = embedder(CACHE)
     reranker(model)
+    adapter(CACHE)
     host = Host("serving", folder, base, "--volume", f"{archive.parent}:/srv/images:ro", "--volume",
                 f"{CACHE}:/srv/weights:ro", "--shm-size", "1g")  # fmt: skip
     # Asked of the container: the network itself names its gateway only in some releases of Docker.
@@ -368,6 +369,32 @@ def test_nothing_leaks(site: Site) -> None:
     modes = site.host.run("stat -c '%n %a %U' /etc/vllm/*/api_key /etc/vllm/*/env /etc/vllm/*/good/*").splitlines()
     leaks += [row for row in modes if re.search(r"(api_key|env) (?!600)", row)]
     assert leaks == []
+
+
+def test_an_adapter_and_speculation(site: Site) -> None:
+    """Of a real engine: the adapter answers otherwise than its model, whose answers speculation leaves as they were."""
+    body = {"prompt": "amber anchor amber anchor amber anchor", "max_tokens": 48, "ignore_eos": True, "temperature": 0}
+
+    def text(model: str) -> str:
+        said: str = site.ask("chat", "/v1/completions", {"model": model, **body})["choices"][0]["text"]
+        return said
+
+    before, former = text("random-llama"), site.services["chat"]["extra_args"]
+    # Its folder is mounted because an argument names it.
+    site.services["chat"]["extra_args"] = [
+        *former, "--enable-lora", "--max-lora-rank", "8", "--lora-modules", "poet=/srv/weights/adapter",
+        "--speculative-config", '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}',
+    ]  # fmt: skip
+    site.play("--skip-tags", "verify")
+    assert {row["id"] for row in site.ask("chat", "/v1/models")["data"]} == {"random-llama", "poet"}
+    assert text("random-llama") == before != text("poet")
+    end = time.monotonic() + 60
+    said = re.compile(
+        r"SpecDecoding metrics: .*Accepted: [1-9]\d* tokens"
+    )  # every ten seconds in which there was something
+    while not said.search(site.host.run("docker logs vllm-chat 2>&1")):
+        assert time.monotonic() < end, site.host.run("docker logs --tail 40 vllm-chat 2>&1")
+        text("random-llama")
 
 
 def test_what_is_not_listed_any_more_is_removed(site: Site) -> None:

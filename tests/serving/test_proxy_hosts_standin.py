@@ -37,10 +37,19 @@ class Site:
         self.hosts, self.folder = hosts, folder
         self.trust = ssl.create_default_context(cafile=str(folder / "ca.pem"))
 
-    def play(self, playbook: str = "site.yml", *arguments: str, **more: Any) -> tuple[str, dict[str, int]]:
+    def play(
+        self, playbook: str = "site.yml", *arguments: str, beside: tuple[dict[str, Any], ...] = (), **more: Any
+    ) -> tuple[str, dict[str, int]]:
+        """(output, changed by host). Services beside the first one make a run that fails."""
+        chat = {
+            "name": "chat",
+            "model": "random-llama",
+            "source": "generated",
+            "hosts": ["proxy-a", "proxy-b"],
+            "bind": "0.0.0.0",
+        }
         variables = {
-            "vllm_services": [{"name": "chat", "model": "random-llama", "source": "generated", "hosts": ["proxy-a", "proxy-b"],
-                               "bind": "0.0.0.0"}],
+            "vllm_services": [chat, *({**chat, "hosts": ["proxy-a"], **other} for other in beside)],
             "vllm_api_key": KEY,
             "vllm_existing_python": "/srv/python",
             "vllm_verify_client": "never",
@@ -53,12 +62,19 @@ class Site:
             **more,
         }  # fmt: skip
         code, text = play(self.folder, self.hosts, variables, playbook, "--skip-tags", "verify", "--diff", *arguments)
-        assert code == 0, text[-5000:]
+        assert (code == 0) is not bool(beside), text[-5000:]
         return text, {name: int(changed) for name, changed, _ in RECAP.findall(text)}
 
-    def ask(self, host: Host, key: str = KEY, path: str = "/v1/models", trust: ssl.SSLContext | None = None) -> Any:
+    def ask(
+        self,
+        host: Host,
+        key: str = KEY,
+        path: str = "/v1/models",
+        trust: ssl.SSLContext | None = None,
+        port: int = 8443,
+    ) -> Any:
         request = urllib.request.Request(
-            f"https://{host.address}:8443{path}", headers={"Authorization": f"Bearer {key}"}
+            f"https://{host.address}:{port}{path}", headers={"Authorization": f"Bearer {key}"}
         )
         with urllib.request.urlopen(request, timeout=10, context=trust or self.trust) as answer:
             return json.load(answer)
@@ -150,6 +166,21 @@ def test_another_certificate_is_taken_without_a_break(site: Site) -> None:
     assert site.hosts[0].run("systemctl show --property=MainPID --value vllm-proxy") == before, (
         "nginx was reloaded, not restarted"
     )
+
+
+def test_a_service_that_does_not_start_keeps_no_other_from_its_proxy(site: Site) -> None:
+    site.hosts[0].run("echo 'ValueError: broken on purpose' >/srv/failure")
+    beside = (
+        {"name": "broken", "port": 8010, "env": {"STANDIN_FAIL": "/srv/failure"}},
+        {"name": "second", "port": 8011, "proxy_port": 8555},
+    )
+    output, _ = site.play(beside=beside)
+    assert "broken on purpose" in output
+    assert site.ask(site.hosts[0], port=8555)["data"][0]["marker"] == "proxy-a"
+    assert set(site.servers(site.hosts[0])) == {"proxy-a", "proxy-b"}
+    site.play()
+    with pytest.raises(urllib.error.URLError, match="refused"):
+        site.ask(site.hosts[0], port=8555)
 
 
 def gone(site: Site) -> bool:
