@@ -34,20 +34,22 @@ def run(*argv, **options):
     Errors are part of the output unless C(errors) is false.
     """
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             argv,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT if options.get("errors", True) else subprocess.DEVNULL,
             universal_newlines=True,
-            timeout=options.get("timeout", 60),
             env=dict(os.environ, LC_ALL="C", PATH=PATHS),
-            check=False,
         )
     except OSError as error:
         return None, str(error)
+    try:
+        said = process.communicate(timeout=options.get("timeout", 60))[0]
     except subprocess.TimeoutExpired:
+        # Not waited for: a program that is stuck in a driver, as nvidia-smi may be, does not die before the driver lets go of it.
+        process.kill()
         return None, ""
-    return done.returncode, done.stdout
+    return process.returncode, said
 
 
 def output(*argv):

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,3 +155,15 @@ def test_a_host_without_gpus(run_module: Callable[..., dict[str, Any]], tmp_path
     assert (result["gpus"], result["smi"]["error"]) == ([], "there is no GPU")
     assert result["kernel"] == result["running_kernel"]
     assert result["short"][0].startswith(f"{tmp_path} has ")
+
+
+def test_a_program_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it does not die: one that is stuck in the driver does not, for which a signal that is not sent stands in."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nexec sleep 30\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(host_look.subprocess.Popen, "kill", lambda process: None)
+    monkeypatch.setattr(host_look, "PATHS", f"{tmp_path}:{host_look.PATHS}")
+    began = time.monotonic()
+    assert nvidia_driver_info.smi(1) == {"version": "", "gpus": 0, "error": "no answer within 1 seconds"}
+    assert time.monotonic() - began < 10
