@@ -124,6 +124,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import tempfile
 import time
 from http.client import HTTPException
@@ -237,9 +238,18 @@ def measure(commands, environment, timeout):
     for client in clients:
         told = [line[len(MARK) :] for line in client.lines if line.startswith(MARK)]
         if client.process.returncode or not told:
-            raise Problem("vllm bench serve ended with status %d: %s" % (client.process.returncode, why(client.lines)))
+            raise Problem("vllm bench serve %s: %s" % (ended(client.process.returncode), why(client.lines)))
         results.append(json.loads(told[-1]))
     return results
+
+
+def ended(status):
+    """How a program ended. A shell and docker exec tell of a signal by a status above 128."""
+    number = -status if status < 0 else status - 128
+    for known in signal.Signals:
+        if known.value == number:
+            return "was ended by " + known.name
+    return "ended with status %d" % status
 
 
 def why(output):

@@ -150,3 +150,17 @@ def test_refusals(measure: Callable[..., dict[str, Any]], standin: str, params: 
     result = measure(standin, **params)
     assert result.get("failed")
     assert words in result["msg"]
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (132, "was ended by SIGILL"),
+        (-9, "was ended by SIGKILL"),
+        (1, "ended with status 1"),
+        (255, "ended with status 255"),
+    ],
+)
+def test_a_signal_is_named(status: int, words: str) -> None:
+    """A processor that a build was not made for gives no other word."""
+    assert vllm_bench.ended(status) == words
