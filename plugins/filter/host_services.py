@@ -197,6 +197,7 @@ def _container(
             "--security-opt=no-new-privileges",
             "--tmpfs=/tmp:rw,exec,nosuid,nodev,mode=1777",
             f"--shm-size={options['shm_size']}",
+            "--ulimit=core=0",  # a dump would hold the API key
             f"--ulimit=nofile={options['nofile']}:{options['nofile']}",
         ],
         "devices": devices,

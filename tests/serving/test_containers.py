@@ -212,7 +212,8 @@ def test_rights_of_a_container(site: Site) -> None:
         assert {mount["Destination"] for mount in told["Mounts"] if mount["RW"]} == {f"/var/lib/vllm/{name}"}
         limit = int(site.host.run("ulimit -Hn"))
         assert settings["ShmSize"] == 256 << 20
-        assert settings["Ulimits"] == [{"Name": "nofile", "Hard": limit, "Soft": limit}]
+        ulimits = {row["Name"]: (row["Hard"], row["Soft"]) for row in settings["Ulimits"]}
+        assert ulimits == {"nofile": (limit, limit), "core": (0, 0)}
         # The kernel's own word for it.
         limits = site.host.run(f"cat /proc/{told['State']['Pid']}/limits")
         assert re.search(rf"^Max open files\s+{limit}\s+{limit}\s", limits, re.M), limits

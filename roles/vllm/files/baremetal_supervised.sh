@@ -24,4 +24,6 @@ if [ "$number" -gt 0 ]; then
 fi
 # On a disk that is full, servers go on, at a slower pace and with no limit.
 echo "$recent $now" >"$file" || sleep 5
+# A core dump would hold the API key, and be as large as the engine.
+ulimit -c 0
 exec "$@"

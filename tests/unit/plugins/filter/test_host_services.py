@@ -230,7 +230,14 @@ class TestContainer:
         svc = in_container()
         assert svc["venv"] is None
         options = svc["run_options"]
-        for option in ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--rm", "--network=host"):
+        for option in (
+            "--read-only",
+            "--cap-drop=ALL",
+            "--security-opt=no-new-privileges",
+            "--rm",
+            "--network=host",
+            "--ulimit=core=0",
+        ):
             assert option in options
         assert not [word for word in options if word.startswith(("--privileged", "--cap-add", "--env", "-e"))]
         assert "--stop-timeout=90" in options

@@ -110,11 +110,13 @@ def test_restarts_are_limited_whenever_a_server_ends(supervisor: Supervisor) -> 
 
 
 def test_starts_of_an_hour_ago_do_not_count(supervisor: Supervisor) -> None:
-    supervisor.add("chat", "exec sleep 60\n")
+    supervisor.add("chat", 'ulimit -c >"$(dirname "$0")/output-core"\nexec sleep 60\n')
     (supervisor.folder / "chat/starts").write_text(" ".join([str(int(time.time()) - 3700)] * 9))
     supervisor.run("supervisord")
     assert supervisor.says("chat", "start") and supervisor.state("chat") == "RUNNING"
     assert len((supervisor.folder / "chat/starts").read_text().split()) == 1
+    # A dump of memory would hold the API key.
+    assert (supervisor.folder / "chat/output-core").read_text().strip() == "0"
 
 
 def test_what_a_restart_does_not_mend_is_not_restarted(supervisor: Supervisor) -> None:
