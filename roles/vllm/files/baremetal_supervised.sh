@@ -25,5 +25,6 @@ fi
 # On a disk that is full, servers go on, at a slower pace and with no limit.
 echo "$recent $now" >"$file" || sleep 5
 # A core dump would hold the API key, and be as large as the engine.
+# shellcheck disable=SC3045 # every sh of the supported distributions has it (dash, bash)
 ulimit -c 0
 exec "$@"
