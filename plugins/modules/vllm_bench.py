@@ -245,11 +245,10 @@ def measure(commands, environment, timeout):
 
 def ended(status):
     """How a program ended. A shell and docker exec tell of a signal by a status above 128."""
-    number = -status if status < 0 else status - 128
-    for known in signal.Signals:
-        if known.value == number:
-            return "was ended by " + known.name
-    return "ended with status %d" % status
+    try:
+        return "was ended by " + signal.Signals(-status if status < 0 else status - 128).name
+    except ValueError:
+        return "ended with status %d" % status
 
 
 def why(output):
