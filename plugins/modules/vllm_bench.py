@@ -136,13 +136,13 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.baremetal.vllm.plugins.module_utils.bench_processes import READY, Client, Utilization
 
 MARK = "BAREMETAL_BENCH_RESULT "
-# Runs `vllm bench serve` and prints its result file, so that nothing has to be copied out of a container. Builds of other
-# names than vllm lack the metadata that vLLM's command line asks for first. It begins to send when it is told to, so that
-# several of them measure the same seconds, and ends with all that it started when its standard input does: what is killed
-# outside of a container is `docker exec` alone. The thread reads the bare descriptor, as a lock of sys.stdin that a thread
-# holds at the end of Python is an error.
+# What `vllm bench serve` runs, which prints its result file as well, so that nothing has to be copied out of a container. Not by
+# vLLM's command line, which asks for a package named vllm that builds of other names lack. It begins to send when it is told to,
+# so that several of them measure the same seconds, and ends with all that it started when its standard input does: what is
+# killed outside of a container is `docker exec` alone. The thread reads the bare descriptor, as a lock of sys.stdin that a
+# thread holds at the end of Python is an error.
 LAUNCHER = """
-import importlib.metadata as metadata, os, signal, sys, tempfile, threading
+import argparse, os, signal, sys, tempfile, threading
 told = threading.Event()
 def listen():
     while os.read(0, 64):
@@ -151,17 +151,6 @@ def listen():
 if os.getpgrp() != os.getpid():
     os.setpgid(0, 0)
 threading.Thread(target=listen, daemon=True).start()
-installed = metadata.version
-def version(name):
-    try:
-        return installed(name)
-    except metadata.PackageNotFoundError:
-        if name != "vllm":
-            raise
-        import vllm
-        return vllm.__version__
-metadata.version = version
-from vllm.entrypoints.cli.main import main
 import vllm.benchmarks.serve as serve
 benchmark = serve.benchmark
 async def wait_and_benchmark(*positional, **named):
@@ -169,9 +158,10 @@ async def wait_and_benchmark(*positional, **named):
     told.wait()
     return await benchmark(*positional, **named)
 serve.benchmark = wait_and_benchmark
+parser = getattr(serve, "FlexibleArgumentParser", argparse.ArgumentParser)(prog="vllm bench serve")
+serve.add_cli_args(parser)
 with tempfile.TemporaryDirectory() as folder:
-    sys.argv = ["vllm", "bench", "serve", *sys.argv[1:], "--save-result", "--result-dir", folder, "--result-filename", "r.json"]
-    main()
+    serve.main(parser.parse_args([*sys.argv[1:], "--save-result", "--result-dir", folder, "--result-filename", "r.json"]))
     print("\\n%s" + open(folder + "/r.json").read().replace("\\n", " "), flush=True)
 """ % (READY, MARK)
 ENVIRONMENT = {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}

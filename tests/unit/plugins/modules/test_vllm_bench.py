@@ -14,28 +14,23 @@ import pytest
 from ansible_collections.baremetal.vllm.plugins.modules import vllm_bench
 from ansible_collections.baremetal.vllm.tests.fakes.openai_server import OpenAiServer, as_json
 
-MAIN = """
-import argparse, asyncio, json, os, sys
-import vllm.benchmarks.serve as serve
-def main():
-    assert sys.argv[:3] == ["vllm", "bench", "serve"], sys.argv
-    parser = argparse.ArgumentParser(prog="vllm bench serve", allow_abbrev=False)
+SERVE = """
+import argparse, asyncio, json, os, sys, time
+if os.environ.get("STANDIN") == "load":
+    time.sleep(60)
+def add_cli_args(parser):
     for flag in ("dataset-name", "percentile-metrics", "backend", "endpoint", "base-url", "model", "served-model-name",
                  "tokenizer", "seed", "num-prompts", "max-concurrency", "random-input-len", "random-output-len",
                  "metric-percentiles", "result-dir", "result-filename", "burstiness"):
         parser.add_argument("--" + flag)
     for flag in ("ignore-eos", "disable-tqdm", "save-result"):
         parser.add_argument("--" + flag, action="store_true")
-    args = parser.parse_args(sys.argv[3:])
+def main(args):
     assert os.environ["OPENAI_API_KEY"] == "sk-the-right-key" and "sk-the-right-key" not in sys.argv
-    result = asyncio.run(serve.benchmark(args))
+    assert args.save_result
+    result = asyncio.run(benchmark(args))
     with open(os.path.join(args.result_dir, args.result_filename), "w") as handle:
         json.dump(result, handle)
-"""
-SERVE = """
-import os, time
-if os.environ.get("STANDIN") == "load":
-    time.sleep(60)
 async def benchmark(args):
     if os.environ.get("STANDIN") == "raise":
         raise ValueError("Initial test run failed")
@@ -54,10 +49,9 @@ async def benchmark(args):
 def measure(
     run_module: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., dict[str, Any]]]:
-    for name, content in {"entrypoints/cli/main.py": MAIN, "benchmarks/serve.py": SERVE}.items():
-        path = tmp_path / "vllm" / name
-        path.parent.mkdir(parents=True)
-        path.write_text(content)
+    path = tmp_path / "vllm/benchmarks/serve.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(SERVE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("STANDIN_SEEN", str(tmp_path / "seen"))
     with OpenAiServer() as server:
