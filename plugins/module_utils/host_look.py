@@ -28,28 +28,35 @@ def which(name):
     return shutil.which(name, path=PATHS) or ""
 
 
-def run(*argv, **options):
-    """(status, output) of a command; status None where it is missing or takes longer than C(timeout) seconds (60).
+def execute(argv, timeout, errors=True, path=PATHS):
+    """(status, output) of a command. Raises OSError where it cannot be run, TimeoutExpired after C(timeout) seconds.
 
-    Errors are part of the output unless C(errors) is false.
+    C(run_command) of modules has no such limit. Errors are part of the output unless C(errors) is false.
     """
+    process = subprocess.Popen(
+        argv,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if errors else subprocess.DEVNULL,
+        universal_newlines=True,
+        env=dict(os.environ, LC_ALL="C", PATH=path),
+    )
     try:
-        process = subprocess.Popen(
-            argv,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if options.get("errors", True) else subprocess.DEVNULL,
-            universal_newlines=True,
-            env=dict(os.environ, LC_ALL="C", PATH=PATHS),
-        )
-    except OSError as error:
-        return None, str(error)
-    try:
-        said = process.communicate(timeout=options.get("timeout", 60))[0]
+        said = process.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired:
         # Not waited for: a program that is stuck in a driver, as nvidia-smi may be, does not die before the driver lets go of it.
         process.kill()
-        return None, ""
+        raise
     return process.returncode, said
+
+
+def run(*argv, **options):
+    """As C(execute), within 60 seconds unless C(timeout) is given, but with status None where that raises."""
+    try:
+        return execute(argv, options.get("timeout", 60), options.get("errors", True), PATHS)
+    except OSError as error:
+        return None, str(error)
+    except subprocess.TimeoutExpired:
+        return None, ""
 
 
 def output(*argv):

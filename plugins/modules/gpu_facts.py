@@ -163,9 +163,11 @@ import os
 import pwd
 import re
 import xml.etree.ElementTree
-from subprocess import PIPE, STDOUT, Popen, TimeoutExpired
+from subprocess import TimeoutExpired
 
 from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import PATHS, execute
 
 NVIDIA_VENDOR = "0x10de"
 DISPLAY_CLASS = "0x03"  # PCI base class: display controllers, both "VGA" and "3D"
@@ -177,7 +179,6 @@ MODULE_NAMES = ("nvidia", "nvidia-current", "nvidia-current-open")
 PACKAGED_MARKS = ("usr/lib/nvidia/alternate-install-present", "usr/lib/nvidia/alternate-install-available")
 # Public halves of the keys that DKMS signs with: Debian and Ubuntu with shim, and DKMS's own.
 SIGNING_KEYS = ("var/lib/shim-signed/mok/MOK.der", "var/lib/dkms/mok.pub")
-PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 VERSION = r"\d{3,4}(?:\.\d+){1,3}"
 
 
@@ -220,17 +221,7 @@ class SmiError(Exception):
 
 def output_of(command, timeout):
     """(exit status, standard output and error). Raises OSError and TimeoutExpired."""
-    # run_command has no time limit, and nvidia-smi may hang for ever.
-    environment = dict(os.environ, LC_ALL="C", PATH=os.environ.get("PATH", "") + ":" + PATHS)
-    # pylint: disable-next=ansible-bad-function
-    process = Popen(command, stdout=PIPE, stderr=STDOUT, universal_newlines=True, env=environment)
-    try:
-        output, dummy = process.communicate(timeout=timeout)
-    except TimeoutExpired:
-        # Not waited for: a process stuck in the driver does not die before the driver lets go of it.
-        process.kill()
-        raise
-    return process.returncode, output
+    return execute(command, timeout, path=os.environ.get("PATH", "") + ":" + PATHS)
 
 
 def smi(command, arguments, timeout):

@@ -72,9 +72,11 @@ tool:
 
 import glob
 import os
-from subprocess import PIPE, STDOUT, Popen, TimeoutExpired
+from subprocess import TimeoutExpired
 
 from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import execute
 
 NAMES = ("boot/initrd.img-%s", "boot/initramfs-%s.img")  # of the Debian and of the RHEL family
 # Program -> arguments for one kernel. The first one that is there is the distribution's: Debian's dracut brings its own
@@ -104,18 +106,6 @@ def newest(paths):
         except OSError:
             pass
     return max(times)
-
-
-def run(module, command, timeout):
-    # run_command has no time limit, and a rebuild on a full or broken /boot may hang.
-    # pylint: disable-next=ansible-bad-function
-    process = Popen(command, stdout=PIPE, stderr=STDOUT, universal_newlines=True, env=dict(os.environ, LC_ALL="C"))
-    try:
-        output, dummy = process.communicate(timeout=timeout)
-    except TimeoutExpired:
-        process.kill()
-        module.fail_json(msg="%s did not end within %d s" % (" ".join(command), timeout))
-    return process.returncode, output
 
 
 def main():
@@ -151,7 +141,11 @@ def main():
         module.exit_json(**result)
     for kernel in stale:
         command = [tool] + [argument.replace("%s", kernel) for argument in arguments]
-        status, output = run(module, command, module.params["timeout"])
+        try:
+            # On a full or broken /boot it may hang.
+            status, output = execute(command, module.params["timeout"])
+        except TimeoutExpired:
+            module.fail_json(msg="%s did not end within %d s" % (" ".join(command), module.params["timeout"]))
         if status != 0 or os.stat(there[kernel]).st_mtime < limit:
             said = "\n".join(output.strip().splitlines()[-15:])
             problem = "failed (exit status %d)" % status if status else "left %s as it was" % there[kernel]
