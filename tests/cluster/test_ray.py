@@ -7,6 +7,7 @@ No GPU: each node is told to count two, which is all that Ray's scheduler knows 
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import Any
 
@@ -198,6 +199,9 @@ def test_a_token_is_asked_for(cluster: Cluster) -> None:
         assert mode == "600 ray"
         seen = cluster.fleet.sh(host, "ps -eo args; cat /proc/[0-9]*/environ; systemctl show ray-default", check=False)
         assert good not in seen
+        # A core dump would hold it. The kernel's columns: name, soft limit, hard limit, unit.
+        limits = cluster.fleet.sh(host, "cat /proc/$(systemctl show --property=MainPID --value ray-default)/limits")
+        assert re.search(r"^Max core file size +0 +0 +bytes", limits, re.M), limits
 
 
 def test_nobody_else_reaches_its_ports(cluster: Cluster) -> None:

@@ -70,6 +70,13 @@ def test_secrets_are_for_the_service_alone(host):
         assert key not in host.check_output(seen)
 
 
+def test_its_processes_may_not_dump_core(host):
+    """A core dump would hold the key."""
+    for process in host.check_output("pgrep --euid vllm").split():
+        limit = host.check_output(f"grep 'Max core file size' /proc/{process}/limits").split()
+        assert limit[-3:-1] == ["0", "0"], "limits that a process may not raise again"
+
+
 def test_answers_with_the_key_only(host):
     assert healthy(host, 120)
     body = {"model": "random-llama", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
