@@ -43,8 +43,8 @@ RETURN = r"""
 _value:
   description:
     - C(problems), one line each; C(python), the interpreter to use, empty where none is needed or none will do;
-      C(packages), those of the distribution that have to be installed; C(missing), folders of environments that are to
-      be made; and C(prepared), whether the tools are there.
+      C(packages), those of the distribution that have to be installed; C(tools), whether the tools are to be made;
+      C(missing), folders of environments that are to be made; and C(prepared), whether neither tools nor packages are needed.
   type: dict
 """
 
@@ -134,9 +134,9 @@ def host_readiness(services: list[dict[str, Any]], probe: dict[str, Any], settin
     venvs = {service["venv"]["path"]: service["venv"]["device"] for service in services if service["venv"]}
     missing = {path: device for path, device in venvs.items() if _stamp(probe, path) is None}
     tools_needed = bool(services) and (settings["manager"] == "supervisor" or bool(venvs))
-    prepared = not tools_needed or _stamp(probe, settings["tools_dir"]) == sorted(settings["tools"])
+    tools = tools_needed and _stamp(probe, settings["tools_dir"]) != sorted(settings["tools"])
     python: dict[str, Any] | None = None
-    if missing or not prepared:
+    if missing or tools:
         python, problem = _python([service for service in services if service["venv"]], probe, settings)
         problems += [problem] if problem else []
     packages = _packages(python, set(venvs.values()), probe, settings)
@@ -165,7 +165,8 @@ def host_readiness(services: list[dict[str, Any]], probe: dict[str, Any], settin
         problems.append(f"{folder} is too long for the address of a socket: set a shorter vllm_root")
     return {
         "problems": problems,
-        "prepared": prepared and not packages,
+        "prepared": not tools and not packages,
+        "tools": tools,
         "missing": sorted(missing),
         "python": python["path"] if python else "",
         "packages": list(packages),

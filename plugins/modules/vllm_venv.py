@@ -208,9 +208,12 @@ def main():
     # A release of Python that is exchanged under an environment breaks it.
     ask = [params["python"], "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
     try:
-        version = module.run_command(ask, handle_exceptions=False)[1].strip()
-    except OSError:
-        version = ""  # making the environment will say so
+        status, version, errors = module.run_command(ask, handle_exceptions=False)
+    except (IOError, OSError) as error:
+        status, version, errors = 1, "", str(error)
+    if status != 0:
+        module.fail_json(msg="python %r does not run (%s): give one that does" % (params["python"], reason(errors)))
+    version = version.strip()
     wanted = {
         "python": [params["python"], version],
         "packages": sorted(params["packages"]),

@@ -254,8 +254,9 @@ def spread(
     }
     contained = service["runtime"] == "container"
     if span["executor"] == "ray" and service["venv"]:
-        # An environment of its own, so that services without Ray keep theirs.
-        venv = {**service["venv"], "path": f"{service['venv']['path']}-ray", "ray": True}
+        # An environment of its own, so that services without Ray, and with another version of it, keep theirs.
+        ray = settings["ray_version"]
+        venv = {**service["venv"], "path": f"{service['venv']['path']}-ray-{ray}", "ray": ray}
         python = f"{venv['path']}/bin/python"
         told = {**service["told"], "python": [python]}
         service = {**service, "venv": venv, "python": python, "told": told}

@@ -276,6 +276,17 @@ def test_killed_server_comes_back(checkout: Checkout) -> None:
     assert checkout.client().models.list()
 
 
+def test_after_a_boot_a_run_starts_what_is_there(checkout: Checkout) -> None:
+    """Nobody starts the supervisor of a machine without systemd at boot. Nothing is to be installed for it."""
+    for process in own_processes(checkout.data):
+        os.kill(process, signal.SIGKILL)
+    stamps = {path: path.stat().st_mtime_ns for path in checkout.data.rglob(".baremetal-complete.json")}
+    assert len(stamps) == 2, "tools and one environment"
+    checkout.quickstart()
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps, "an environment was made anew"
+    assert checkout.client().models.list()
+
+
 def test_ansible_runner_as_awx_calls_it(checkout: Checkout, tmp_path: Path) -> None:
     """A private data directory in AWX's form; the key comes from the job's environment and replaces the old one."""
     for folder in ("env", "inventory"):

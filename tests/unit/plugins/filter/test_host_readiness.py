@@ -69,6 +69,7 @@ def test_a_bare_host() -> None:
     assert judge([service()], probe()) == {
         "problems": [],
         "prepared": False,
+        "tools": True,
         "python": "/usr/bin/python3",
         "packages": [],
         "missing": ["/opt/vllm/venvs/cpu-0.32.0"],
@@ -77,7 +78,7 @@ def test_a_bare_host() -> None:
 
 def test_a_host_that_has_everything_needs_no_more() -> None:
     seen = probe(files={**TOOLS, **stamp()}, free_mib={"/opt/vllm": 0})
-    expected = {"problems": [], "prepared": True, "python": "", "packages": [], "missing": []}
+    expected = {"problems": [], "prepared": True, "tools": False, "python": "", "packages": [], "missing": []}
     assert judge([service()], seen) == expected
 
 
@@ -99,6 +100,12 @@ def test_what_triton_compiles_with() -> None:
     assert judge([service()], seen)["packages"] == []
     (problem,) = judge([service(device="cuda")], seen, may_install=False)["problems"]
     assert "gcc is missing" in problem and "apt-get or dnf install" in problem
+
+
+def test_packages_that_went_away_cost_no_tools() -> None:
+    seen = probe(programs=[], files={**TOOLS, **stamp("cuda")})
+    result = judge([service(device="cuda")], seen)
+    assert (result["packages"], result["prepared"], result["tools"]) == (["gcc"], False, False)
 
 
 class TestContainers:

@@ -31,7 +31,9 @@ def on(host: str, asked: dict[str, Any], hosts: list[dict[str, Any]], **settings
     names = settings.pop("order", [one["name"] for one in hosts])
     plan = vllm_plan([asked], hosts)
     assert plan["fits"], plan["problems"]
-    (found,) = host_services(plan, host, [asked], {**SETTINGS, "hosts": names, "network": NETWORK, **settings})
+    (found,) = host_services(
+        plan, host, [asked], {**SETTINGS, "hosts": names, "network": NETWORK, "ray_version": "2.60.0", **settings}
+    )
     return found
 
 
@@ -113,7 +115,7 @@ def test_ray_runs_vllm_on_the_first_host_behind_a_gate() -> None:
 
 def test_ray_gets_an_environment_of_its_own() -> None:
     head = ray_service("one")
-    assert head["venv"]["path"].endswith("-ray")
+    assert head["venv"]["path"].endswith("-ray-2.60.0"), "another version of Ray is another environment"
     assert head["python"].startswith(head["venv"]["path"])
     assert {word for word in head["command"] if word.endswith("/bin/python")} == {head["python"]}
 
@@ -139,7 +141,7 @@ def test_what_a_service_sets_reaches_engines_on_every_host_but_for_secrets(runti
     asked = {**RAY_SERVICE, "env": LIBRARIES, "runtime": runtime}
     for host in ("one", "two"):
         network = {"chat": {"hosts": {**PLACES, "three": {"address": "10.0.0.3", "interface": "eth1"}}, "problems": []}}
-        svc = on(host, asked, gpu_hosts(3), network=network, container=CONTAINER, ray_version="2.60.0")
+        svc = on(host, asked, gpu_hosts(3), network=network, container=CONTAINER)
         engines = svc["span"]["environment"]
         assert {"NCCL_IB_HCA": "mlx5_0", "NCCL_P2P_DISABLE": "1", "HF_HUB_OFFLINE": "1"}.items() <= engines.items()
         assert engines["VLLM_HOST_IP"] == PLACES[host]["address"]
@@ -170,7 +172,7 @@ CONTAINER = {**SETTINGS["container"], "images": {}}  # type: ignore[dict-item]
 def contained(asked: dict[str, Any], hosts: list[dict[str, Any]], host: str = "one") -> dict[str, Any]:
     network = {"chat": {"hosts": {**PLACES, "three": {"address": "10.0.0.3", "interface": "eth1"}}, "problems": []}}
     asked = {**asked, "runtime": "container"}
-    return on(host, asked, hosts, network=network, container=CONTAINER, ray_version="2.60.0")
+    return on(host, asked, hosts, network=network, container=CONTAINER)
 
 
 def test_ranks_in_containers_run_the_same_commands() -> None:

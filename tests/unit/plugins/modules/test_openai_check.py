@@ -164,6 +164,17 @@ def test_a_server_that_asks_for_no_key(check: Callable[..., Any], server: OpenAi
     assert "/v1/models with no key: HTTP 200, not 401" in result["msg"]
 
 
+def test_a_server_that_a_host_header_leads_round_the_key(check: Callable[..., Any]) -> None:
+    class Old(OpenAiServer):
+        def respond(self, request: Any) -> Answer:
+            self.check_key = "?" not in request.headers["Host"]
+            return super().respond(request)
+
+    with Old() as old:
+        result = check(base_url=f"{old.url}/v1", checks=["wrong_key"])
+    assert "/v1/models with no key and the Host header 'x?': HTTP 200, not a refusal" in result["msg"]
+
+
 def test_our_key_is_refused(check: Callable[..., Any]) -> None:
     result = check(api_key="sk-another")
     assert failing(result) == ["models", "completion", "chat", "stream"]

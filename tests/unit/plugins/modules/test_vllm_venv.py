@@ -273,12 +273,17 @@ def test_pytorch_from_its_own_index_only_when_needed(
     assert len(calls(tmp_path)) == 2
 
 
-def test_no_interpreter(uv: str, venv: Callable[..., Any], tmp_path: Path) -> None:
-    result = venv(uv, "x", python="/nowhere/python")
-    assert result["msg"] == (
-        f"cannot make a virtual environment in {tmp_path}/venv: error: No interpreter found at path `/nowhere/python`"
-    )
-    assert left_over(tmp_path) == []
+@pytest.mark.parametrize("python", ["/nowhere/python", ""])
+def test_without_an_interpreter_nothing_is_removed(
+    uv: str, venv: Callable[..., Any], tmp_path: Path, python: str
+) -> None:
+    """Servers may run from the environment that is there."""
+    assert venv(uv, "tinyvllm==1.0")["changed"]
+    before = sorted(tmp_path.rglob("*"))
+    for check in (True, False):
+        result = venv(uv, "tinyvllm==1.0", python=python, _ansible_check_mode=check)
+        assert result["msg"].startswith(f"python {python!r} does not run ("), result
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("missing", ["uv", "pip"])

@@ -91,6 +91,19 @@ def test_closed(call: Callable[..., Any], path: str) -> None:
     assert json.loads(body["body"])["error"]["code"] == 404
 
 
+@pytest.mark.parametrize("host", [b"h", b"h:8000", b"10.0.0.1:8000", b"[::1]:8000", b"[fe80::1%eth0]", b"a_b.c-d", b""])
+def test_a_host(call: Callable[..., Any], host: bytes) -> None:
+    assert call(type="http", path="/v1/models", headers=[(b"host", host)]) == (True, [])
+
+
+@pytest.mark.parametrize("host", [b"x?", b"x#", b"x/y?", b"x/", b"a@b", b"x\\y", b"x y", b"x\n", "ä".encode()])
+def test_a_host_that_is_none(call: Callable[..., Any], host: bytes) -> None:
+    reached, (start, body) = call(type="http", path="/v1/models", headers=[(b"host", b"x"), (b"host", host)])
+    assert not reached
+    assert start["status"] == json.loads(body["body"])["error"]["code"] == 400
+    assert call(type="websocket", path="/v1/realtime", headers=[(b"host", host)])[0] is False
+
+
 def test_a_websocket_is_closed_but_below_v1(call: Callable[..., Any]) -> None:
     assert call(type="websocket", path="/control") == (False, [{"type": "websocket.close", "code": 1008}])
     assert call(type="websocket", path="/v1/realtime") == (True, [])
@@ -110,6 +123,7 @@ SERVER = """
 import sys
 import uvicorn
 from starlette.applications import Starlette
+from starlette.datastructures import URL
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route, WebSocketRoute
 from baremetal_guard import PathGuard
@@ -117,14 +131,26 @@ from baremetal_guard import PathGuard
 async def answer(request):
     return PlainTextResponse("reached " + request.scope["path"])
 
+class Key:
+    # As vLLM before 0.22 asks for the key.
+    def __init__(self, app):
+        self.app = app
+    async def __call__(self, scope, receive, send):
+        guarded = scope["type"] == "http" and URL(scope=scope).path.startswith("/v1/keyed")
+        if guarded and b"Bearer right" not in dict(scope["headers"]).get(b"authorization", b""):
+            await PlainTextResponse("no key", 401)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
 async def talk(socket):
     await socket.accept()
     await socket.send_text("reached")
     await socket.close()
 
-paths = ["/metrics", "/health", "/v1/models", "/v1", "/pause/{rest:path}", "/"]
+paths = ["/metrics", "/health", "/v1/models", "/v1/keyed", "/v1", "/pause/{rest:path}", "/"]
 routes = [Route(path, answer, methods=["GET", "POST"]) for path in paths]
 application = Starlette(routes=[*routes, WebSocketRoute("/control", talk), WebSocketRoute("/v1/realtime", talk)])
+application.add_middleware(Key)
 application.add_middleware(PathGuard)
 uvicorn.run(application, host="127.0.0.1", port=int(sys.argv[1]), log_level="warning")
 """
@@ -133,7 +159,8 @@ uvicorn.run(application, host="127.0.0.1", port=int(sys.argv[1]), log_level="war
 @pytest.fixture(scope="module")
 def port(tool_environment: Callable[..., Path]) -> Iterator[int]:
     """Port of a real server, with the parser that vLLM's has, and with routes which must not be reached."""
-    python = tool_environment("starlette>=0.40", "uvicorn[standard]>=0.30") / "python"
+    # A Starlette that reads a path out of the Host header.
+    python = tool_environment("starlette==0.46.2", "uvicorn[standard]>=0.30") / "python"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
@@ -154,7 +181,7 @@ def port(tool_environment: Callable[..., Path]) -> Iterator[int]:
 def ask(port: int, target: str, method: str = "GET", **headers: str) -> tuple[int, str]:
     """The target goes over the wire as it is: clients that clean it up are not those to fear."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    connection.putrequest(method, "/", skip_host=False)
+    connection.putrequest(method, "/", skip_host="Host" in headers)
     connection._buffer[0] = f"{method} {target} HTTP/1.1".encode("latin-1")  # type: ignore[attr-defined]
     for name, value in headers.items():
         connection.putheader(name.replace("_", "-"), value)
@@ -208,6 +235,13 @@ class TestBehindARealServer:
     @pytest.mark.parametrize("header", ["X_Forwarded_Prefix", "X_Original_URL", "X_Rewrite_URL", "X_Forwarded_Path"])
     def test_headers_do_not_change_the_path(self, port: int, header: str) -> None:
         assert ask(port, "/metrics", **{header: "/v1/models"})[0] == 404
+
+    @pytest.mark.parametrize("host", ["x?", "x#", "x/y?", "x/y#", "x/"])
+    def test_no_host_leads_round_the_key(self, port: int, host: str) -> None:
+        assert ask(port, "/v1/keyed") == (401, "no key")
+        assert ask(port, "/v1/keyed", Authorization="Bearer right", Host="api.example.org:8000")[0] == 200
+        status, text = ask(port, "/v1/keyed", Host=host)
+        assert (status, "reached" in text) == (400, False)
 
     @pytest.mark.parametrize(("path", "status"), [("/control", 403), ("/v1/realtime", 101)])
     def test_websockets(self, port: int, path: str, status: int) -> None:
