@@ -192,9 +192,18 @@ def test_a_second_server_without_room_is_done_without(host: Host) -> None:
     assert (host.good / "start.sh").read_text() == "new\n" and not (host.config / "standby").exists()
 
 
-def test_a_second_server_that_cannot_start_anywhere_leaves_the_first_alone(host: Host) -> None:
+@pytest.mark.parametrize(
+    "log",
+    [
+        "error: unrecognized arguments: --no-such",
+        "ValueError: To serve at least one request with the models's max seq len (131072), (7.00 GiB KV cache is needed, which is "
+        "larger than the available KV cache memory (2.10 GiB).",
+    ],
+    ids=["flag", "cache"],
+)
+def test_a_second_server_that_cannot_start_anywhere_leaves_the_first_alone(host: Host, log: str) -> None:
     host.write(host.good, OLD["venv"])
-    output = stand_by(host, "error: unrecognized arguments: --no-such")
+    output = stand_by(host, log)
     assert (
         "failures: chat did not start with its new configuration; the one from before runs again. The reason:" in output
     ), output[-3000:]
