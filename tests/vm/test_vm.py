@@ -7,6 +7,7 @@ The GPU is what fakegpu.ko puts on a PCI bus of its own: udev loads nouveau for 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -155,6 +156,7 @@ def test_a_module_is_built_by_the_compiler_of_the_kernel(guest: Guest) -> None:
     assert not modules(guest) & {"nouveau"}
 
 
+@pytest.mark.skipif("BAREMETAL_TEST_SHORT" in os.environ, reason="takes a quarter of an hour; make test-vm runs it")
 def test_the_module_outlives_a_change_of_kernel(guest: Guest) -> None:
     before = guest.out("uname -r")
     guest.run(
