@@ -334,7 +334,8 @@ def _service(
         "model_path": user.get("model_path", ""),
         "env": {key: str(value) for key, value in environment.items()},
         "command": [python, *SERVER, *args, *drain, "--host", bind, "--middleware", "baremetal_guard.PathGuard"],
-        "stop_timeout": settings["drain_timeout"] + STOP_MARGIN_S,
+        # ansible-core before 2.19 makes text of a template's number.
+        "stop_timeout": int(settings["drain_timeout"]) + STOP_MARGIN_S,
         "start_timeout": user.get("start_timeout", settings["start_timeout"]),
         "span": None,  # multi_host.py fills these for a service over several hosts
         "headless": False,

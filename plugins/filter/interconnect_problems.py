@@ -44,6 +44,8 @@ from typing import Any
 
 def interconnect_problems(ways: Mapping[str, list[Mapping[str, Any]]], limits: Mapping[str, float]) -> list[str]:
     """What is wrong with measured ways, one line for each pair and cause. ``limits``: clock_s, mbps, rtt_ms."""
+    # ansible-core before 2.19 makes text of a template's number.
+    limits = {name: float(limit) for name, limit in limits.items()}
     found: dict[tuple[str, str, str], str] = {}
     for host, measured in ways.items():
         for way in measured:

@@ -6,12 +6,15 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ansible.modules
 import pytest
 import yaml
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
+from jinja2 import Environment, nodes
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir() if path.is_dir())
@@ -208,3 +211,149 @@ def test_no_task_hides_a_variable_of_the_role(role: str) -> None:
         for name in (*(task.get("ansible.builtin.set_fact") or {}), task.get("register"))
     }
     assert not known & named
+
+
+# ---- values that come as text: by -e name=value, by a survey of AWX, by an INI inventory ----
+
+TASKS = ("roles/*/handlers", "roles/*/tasks", "playbooks")
+VARIABLES = ("roles/*/defaults", "roles/*/vars", "inventories")
+CONDITIONS = ("when", "that", "until", "failed_when", "changed_when")  # values of these are expressions without braces
+# Filter -> types of the options that are what they should be after it.
+CONVERTING = {"bool": ("bool",), "int": ("int",), "float": ("int", "float"), "string": ("int", "float")}
+
+
+def typed() -> dict[str, str]:
+    """Options that are no text. The specs of roles check what they get and convert nothing."""
+    options = [spec.get("options", {}) for role in ROLES for spec in specs(role).values()]
+    types = {name: option["type"] for some in options for name, option in some.items()}
+    return {name: kind for name, kind in types.items() if kind in ("bool", "int", "float")}
+
+
+def named(node: Any) -> Any:
+    """The variable that a node names: by itself, in hostvars, or by a word for `extract` and its like."""
+    return getattr(node, {nodes.Name: "name", nodes.Getattr: "attr", nodes.Const: "value"}.get(type(node), ""), None)
+
+
+def mentions(template: str, types: dict[str, str], is_text: bool) -> Iterator[tuple[str, bool]]:
+    """Each mention of an option, and whether it is the same there whether it came as text or not."""
+    tree, good = Environment().parse(template), set()
+    for node in tree.find_all((nodes.Filter, nodes.Concat, nodes.Output)):
+        operands, allowed = getattr(node, "nodes", []), ("int", "float")  # numbers are written as they were given
+        if isinstance(node, nodes.Filter):
+            operand, allowed = node.node, CONVERTING.get(node.name, ())
+            while isinstance(operand, nodes.Filter) and operand.name == "default":
+                operand = operand.node
+            operands = [operand]
+        elif len(operands) == 1 and not is_text:  # handed on as a value
+            continue
+        good |= {id(operand) for operand in operands if types.get(named(operand)) in allowed}
+    for node in tree.find_all((nodes.Name, nodes.Getattr, nodes.Const)):
+        if named(node) in types:
+            yield named(node), id(node) in good
+
+
+def templates(node: Any, tasks: bool, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Every template, and the keys that lead to it."""
+    if isinstance(node, str):
+        yield f"{{{{ {node} }}}}" if tasks and keys[-1] in CONDITIONS else node, keys
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield from templates(value, tasks, (*keys, str(key)))
+    for value in node if isinstance(node, list) else ():
+        yield from templates(value, tasks, keys)
+
+
+@cache
+def module_options(name: str) -> dict[str, Any]:
+    folder = ROOT / "plugins/modules" if name.startswith("baremetal.vllm.") else Path(ansible.modules.__path__[0])
+    text = (folder / f"{name.rsplit('.', 1)[1]}.py").read_text()
+    return yaml.safe_load(re.findall(r"^DOCUMENTATION = r?(\"{3}|'{3})(.*?)\1", text, re.S | re.M)[0][1])["options"]
+
+
+def converted_by_module(template: str, keys: tuple[str, ...], kind: str) -> bool:
+    """A value that is nothing but the option, for an argument of a module that is of its type."""
+    if len(keys) < 2 or not keys[-2].startswith(("ansible.builtin.", "baremetal.vllm.")):
+        return False
+    alone = re.fullmatch(r"\{\{ \w+ \}\}", template.strip())
+    return bool(alone) and module_options(keys[-2]).get(keys[-1], {}).get("type") == kind
+
+
+def taken_for_granted(root: Path, types: dict[str, str]) -> tuple[list[str], set[str]]:
+    """Where options are used as if their values were of their types; and the options that were seen at all."""
+    found, seen = [], set()
+    tasks = {path for folder in TASKS for path in root.glob(f"{folder}/**/*.yml")}
+    variables = {path for folder in VARIABLES for path in root.glob(f"{folder}/**/*.yml")}
+    for path in sorted({*tasks, *variables, *root.glob("roles/*/templates/**/*.j2")}):
+        is_text = path.suffix == ".j2"
+        for template, keys in [(path.read_text(), ())] if is_text else templates(load(path), path in tasks):
+            for name, good in mentions(template, types, is_text):
+                seen.add(name)
+                if not good and not converted_by_module(template, keys, types[name]):
+                    found.append(
+                        f"{path.relative_to(root)}: {name} ({types[name]}) in {' '.join(template.split())[:200]}"
+                    )
+    return found, seen
+
+
+def test_no_type_of_an_option_is_taken_for_granted() -> None:
+    types = typed()
+    found, seen = taken_for_granted(ROOT, types)
+    assert found == []
+    assert seen == set(types)
+
+
+BAD: list[Any] = [
+    {"when": "r_on"},
+    {"when": ["x", "not r_on and y | bool"]},
+    {"when": "r_on | default(false)"},
+    {"block": [{"when": "r_n | bool"}]},
+    {"until": "x == r_n"},
+    {"failed_when": "x > r_x | int"},
+    {"ansible.builtin.assert": {"that": ["r_x < 0"]}},
+    {"ansible.builtin.set_fact": {"x": "{{ r_n }}"}},
+    {"ansible.builtin.wait_for": {"host": "{{ r_n }}"}},
+    {"ansible.builtin.wait_for": {"port": "{{ r_x }}"}},
+    {"ansible.builtin.wait_for": {"port": "{{ r_n + 1 }}"}},
+    {"retries": "{{ [r_n // 5, 1] | max }}"},
+    {"loop": "{{ range(r_n) }}"},
+    "{{ r_n }}",
+    "{{ r_on }} it is",
+    "{{ r_on | string }}",
+    "{{ 1 if r_on else 2 }}",
+    "{{ 2 * r_n }}",
+    "{{ {'a': r_n} }}",
+    "{{ x | f(r_on) }}",
+    "{{ x | default(r_n) }}",
+    "{{ hostvars.h.r_on }}",
+    "{{ x | map('extract', hostvars, 'r_n') }}",
+    "{% if r_on %}{% endif %}",
+    "{% set x = r_n %}",
+]
+GOOD: list[Any] = [
+    {"when": "not r_on | default(true) | bool and r_n | int > 1 or x < r_x | float"},
+    {"ansible.builtin.wait_for": {"port": "{{ r_n }}"}},
+    {"ansible.builtin.debug": {"msg": "r_n is {{ r_n }}"}},
+    "{{ '--n=' ~ r_n }}",
+    "{{ [r_n | string, r_n | float] }}",
+    "{% if r_on | bool %}{{ r_n }} of{% endif %}",
+]
+
+
+def test_what_is_taken_for_granted_is_found(tmp_path: Path) -> None:
+    types = {"r_on": "bool", "r_n": "int", "r_x": "float"}
+    for name, some in (("bad", BAD), ("good", GOOD)):
+        for number, one in enumerate(some):
+            path = tmp_path / "roles/r" / ("vars" if isinstance(one, str) else "tasks") / f"{name}{number}.yml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(yaml.safe_dump({"__r": one} if isinstance(one, str) else [one]))
+    # A file's template is text as a whole; what is no task has no conditions.
+    (tmp_path / "roles/r/templates").mkdir()
+    (tmp_path / "roles/r/templates/good.j2").write_text("{{ r_n }}")
+    (tmp_path / "roles/r/templates/bad.j2").write_text("{{ r_n + 1 }}")
+    (tmp_path / "roles/r/vars/good.yml").write_text("until: r_n\nwhen: what r_on is for\n")
+    (tmp_path / "playbooks").mkdir()
+    (tmp_path / "playbooks/bad.yml").write_text("- {hosts: all, tasks: [{when: r_on}]}\n")
+    found, seen = taken_for_granted(tmp_path, types)
+    assert seen == set(types)
+    assert {line.split(":")[0] for line in found} == {
+        str(path.relative_to(tmp_path)) for path in tmp_path.rglob("bad*.*")
+    }

@@ -23,11 +23,13 @@ def test_settings_can_be_left_to_the_engine(
     options = yaml.safe_load((ROLE / "meta/argument_specs.yml").read_text())["argument_specs"]["main"]["options"]
     checked = ArgumentSpecValidator({name: options[name] for name in LEFT_ALONE}).validate(dict(LEFT_ALONE))
     assert checked.error_messages == []
-    assert render("{{ __docker_own_options }}", **role_vars("docker", "main") | LEFT_ALONE) == {}
+    for null in (None, "null"):
+        said = LEFT_ALONE | {"docker_live_restore": null}
+        assert render("{{ __docker_own_options }}", **role_vars("docker", "main") | said) == {}
 
 
 @pytest.mark.parametrize(
-    ("value", "wrong"), [(True, False), ("no", False), (None, False), ("sometimes", True), (5, True)]
+    ("value", "wrong"), [(True, False), ("no", False), (None, False), ("null", False), ("sometimes", True), (5, True)]
 )
 def test_live_restore(
     render: Callable[..., Any], role_vars: Callable[..., dict[str, Any]], value: Any, wrong: bool

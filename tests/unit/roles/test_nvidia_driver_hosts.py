@@ -79,6 +79,8 @@ PACKAGE, RUNFILE = {"nvidia_driver_method": "package"}, {"nvidia_driver_method":
         (UBUNTU, [B200], {**RUNFILE, "nvidia_driver_branch": "550"}, '570 is the first branch for. Set nvidia_driver_branch to "580".'),
         (UBUNTU, [V100], {**RUNFILE, "nvidia_driver_branch": "590"}, "no longer drives a GPU here"),
         (UBUNTU, [V100], {**PACKAGE, "nvidia_driver_branch": "580"}, ""),
+        (UBUNTU, [V100], {**RUNFILE, "nvidia_driver_branch": 580}, ""),
+        (UBUNTU, [V100], {**RUNFILE, "nvidia_driver_branch": None}, ""),
         (ROCKY8, [H200], PACKAGE, ""),
         (ROCKY9, [B200, V100], RUNFILE, "a host has one kind"),
         ({**ROCKY9, "distribution_major_version": "10", "distribution_version": "10.0"}, [H200], RUNFILE, "Rocky 10.0 is not supported"),
@@ -164,6 +166,13 @@ def test_what_works_is_kept_unless_it_is_what_the_role_brings(host: Callable[...
     )  # other packages than the role's
     by_file = {**found, "uninstaller": "/usr/bin/nvidia-uninstall"}
     assert host("__nvidia_driver_wanted", ROCKY9, H200, found=by_file, **PACKAGE) is False
+
+
+@pytest.mark.parametrize(
+    ("consent", "unsaid"), [(None, True), ("null", True), ("", True), ("false", False), (True, False)]
+)
+def test_consent_to_a_reboot_is_said_or_not(host: Callable[..., Any], consent: Any, unsaid: bool) -> None:
+    assert host("__nvidia_driver_reboot_unsaid", DEBIAN, nvidia_driver_reboot=consent) is unsaid
 
 
 def test_what_dkms_has_not_installed_is_missing(host: Callable[..., Any]) -> None:

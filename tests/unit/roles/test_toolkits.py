@@ -114,6 +114,8 @@ def test_what_cannot_work_is_said(cuda: Callable[..., Any], said: dict[str, Any]
 def test_what_can_work_is_not_refused(cuda: Callable[..., Any]) -> None:
     assert cuda("problems", cuda_toolkit_versions=["13.0.2", "13.2.1"]) == []
     assert cuda("problems", cuda_toolkit_method="network", cuda_toolkit_versions=["12.9"]) == []
+    files = {12.9: {"url": "file:///x", "checksum": "none"}}  # what YAML makes of 12.9 without quotes
+    assert cuda("problems", cuda_toolkit_method="local", cuda_toolkit_versions=[12.9], cuda_toolkit_files=files) == []
 
 
 def test_a_profile_script_that_is_not_wanted_goes(cuda: Callable[..., Any]) -> None:

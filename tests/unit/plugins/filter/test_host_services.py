@@ -101,6 +101,10 @@ def test_the_command() -> None:
     assert not [word for word in command if "api" in word and "key" in word], "secrets stay out of process lists"
 
 
+def test_numbers_that_came_as_text() -> None:
+    assert here(drain_timeout="120", start_timeout=900) == here(drain_timeout=120, start_timeout=900)
+
+
 def test_an_engine_that_takes_its_model_as_an_option() -> None:
     plan = vllm_plan([service()], HOSTS)
     plan["services"][0]["instances"][0]["args"] = ["--model", "/m", "--port", "8000"]

@@ -125,6 +125,8 @@ def test_a_bad_way_is_named_once(change: dict[str, Any], problem: str) -> None:
     found = interconnect_problems({"a": [{**GOOD, **change}], "b": [{**back, **both}]}, LIMITS)
     assert len(found) == 1
     assert found[0].startswith(problem)
+    as_text = {name: str(limit) for name, limit in LIMITS.items()}
+    assert interconnect_problems({"a": [{**GOOD, **change}], "b": [{**back, **both}]}, as_text) == found
     assert interconnect_problems({"a": [GOOD], "b": [back]}, LIMITS) == []
     closed = {"whole_mtu": None}  # a firewall may let TCP in alone, as engines need no more
     assert interconnect_problems({"a": [{**GOOD, **closed}], "b": [{**back, **closed}]}, LIMITS) == []
