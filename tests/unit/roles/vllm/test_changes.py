@@ -103,6 +103,7 @@ def change(host: Host, room: bool = False, **variables: Any) -> str:
             "timeout": 1,
         },
         "__vllm_probe": {"fingerprints": {str(host.config / "endpoint.json"): "", str(host.unit): ""}},
+        "__vllm_records": {"files": {}},
     }  # fmt: skip
     host.svc |= {"room": room, "endpoint_files": [str(host.config / "endpoint.json")]}
     return host.tasks("service", **given | variables)
