@@ -170,3 +170,17 @@ def test_ray_beside_another_service(hosts: Hosts) -> None:
     assert together(output, "chat") == {("one", "two"), ("one",)}  # the server runs on the first host alone
     assert output.count("included: baremetal.vllm.ray_cluster for ") == 1
     assert "two update vllm-chat" not in hosts.log.read_text()
+
+
+def test_a_worker_of_ray_keeps_no_record_of_its_time_before(hosts: Hosts) -> None:
+    """As a rank of executor mp, or as the first host: it would disagree for good with the one that the first host renews."""
+    hosts.add("chat", "one", "two", executor="ray")
+    for host in ("one", "two"):
+        config = hosts.folder / host / "config/chat"
+        hosts.left[host] = {str(config / name): "{}" for name in ("plan.json", "env", "start.sh")}
+        for path in hosts.left[host]:
+            Path(path).write_text("{}")
+    hosts.up = ["chat"]
+    hosts.play()
+    assert (hosts.folder / "one/config/chat/plan.json").exists()
+    assert not [path for path in (hosts.folder / "two/config/chat").iterdir() if path.is_file()]
