@@ -111,6 +111,10 @@ def test_engines_are_placed_as_planned_and_a_second_run_changes_nothing(service:
     assert service.serves(), service.engines()
     for worker in service.fleet.names[1:3]:
         assert service.fleet.sh(worker, "ls /etc/systemd/system/vllm-*", check=False) == "", "Ray places the engines"
+    for host in service.fleet.names[:3]:
+        # By which gpu_facts knows whose GPU memory it is.
+        folders = service.fleet.sh(host, "for pid in $(pgrep -f ^ray::); do readlink /proc/$pid/cwd || true; done")
+        assert set(folders.split()) == {"/var/lib/ray/chat"}
     output, changed = service.play()
     assert set(changed.values()) == {0}, output
 

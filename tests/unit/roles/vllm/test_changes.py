@@ -94,7 +94,7 @@ def change(host: Host, room: bool = False, **variables: Any) -> str:
     start = host.config / "start.sh"
     owner = {"owner": "{{ __vllm_user_id }}", "mode": "0600"}
     given = {
-        "__vllm_number": 0, "__vllm_all": [host.svc], "__vllm_differs": True, "__vllm_runs": True, "__vllm_given_key": "sk-new",
+        "__vllm_name": "chat", "__vllm_all": [host.svc], "__vllm_differs": True, "__vllm_runs": True, "__vllm_given_key": "sk-new",
         "__vllm_run_files": [{"path": str(start), "content": "new\n", **owner}],
         "__vllm_unit_file": {"path": str(host.unit), "content": "new unit\n", **owner},
         "__vllm_told_files": [], "__vllm_measured_file": {"path": str(host.config / "measured.json"), "content": "{}", **owner},
@@ -103,6 +103,7 @@ def change(host: Host, room: bool = False, **variables: Any) -> str:
             "timeout": 1,
         },
         "__vllm_probe": {"fingerprints": {str(host.config / "endpoint.json"): "", str(host.unit): ""}},
+        "__vllm_records": {"files": {}},
     }  # fmt: skip
     host.svc |= {"room": room, "endpoint_files": [str(host.config / "endpoint.json")]}
     return host.tasks("service", **given | variables)
@@ -178,7 +179,7 @@ def stand_by(host: Host, log: str) -> str:
         "timeout": 1,
     }
     (host.config / "standby").mkdir()
-    return change(host, room=True, __vllm_by_plan=[{"room": True}], __vllm_wait_for=wait)
+    return change(host, room=True, __vllm_by_plan=[{"name": "chat", "room": True}], __vllm_wait_for=wait)
 
 
 def test_a_second_server_without_room_is_done_without(host: Host) -> None:
