@@ -30,8 +30,8 @@ def busy(tmp_path: Path) -> Iterator[Callable[..., dict[str, str]]]:
         for gpu, folder in zip(gpus, folders, strict=True):
             folder.mkdir(parents=True)
             workers.append(subprocess.Popen(["sleep", "600"], cwd=folder))
-            gpu["memory.used"] = "130000 MiB"
-            apps.append({"gpu_uuid": gpu["uuid"], "pid": str(workers[-1].pid), "used_memory": "129000 MiB"})
+            gpu["memory.used"] = "140000 MiB"
+            apps.append({"gpu_uuid": gpu["uuid"], "pid": str(workers[-1].pid), "used_memory": "139000 MiB"})
         (tmp_path / "scene.json").write_text(json.dumps({"gpus": gpus, "apps": apps, "topo": {}}))
         smi = tmp_path / "bin/nvidia-smi"
         smi.parent.mkdir()
@@ -69,7 +69,7 @@ def test_engines_of_own_ray_nodes_count_as_free(tmp_path: Path, busy: Callable[.
     }  # fmt: skip
     (tmp_path / "play.yml").write_text(json.dumps([plays]))
     output = play(tmp_path / "play.yml")
-    assert "used: 1000 130000" in output, output
+    assert "used: 1000 140000" in output, output
 
 
 def test_a_plan_beside_what_it_has_started(
