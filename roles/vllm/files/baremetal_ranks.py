@@ -18,6 +18,7 @@ import argparse
 import collections
 import contextlib
 import ctypes
+import errno
 import glob
 import hashlib
 import hmac
@@ -224,7 +225,7 @@ class Head:
     def __init__(self, options, engine, events, token):
         self.options, self.engine, self.events, self.token = options, engine, events, token
         self.links, self.idle = {}, {}
-        self.running, self.leaving, self.not_before, self.told = False, False, 0.0, ""
+        self.listening, self.running, self.leaving, self.not_before, self.told = False, False, False, 0.0, ""
         self.failures = collections.deque(maxlen=FAILURES)
         self.versions = versions()
         self.refusals, self.unlike = set(), {}  # what was said of hosts; since when a rank's software differs
@@ -236,8 +237,15 @@ class Head:
         try:
             server.bind((address, self.options.port))
         except OSError as error:
-            sys.exit("RankError: cannot listen on %s port %d: %s" % (address, self.options.port, error.strerror))
+            problem = "cannot listen on %s port %d: %s" % (address, self.options.port, error.strerror)
+            if error.errno != errno.EADDRNOTAVAIL:
+                sys.exit("RankError: " + problem)
+            # After a boot the interconnect may come later than this; to end would use up the tries of the unit.
+            server.close()
+            self.tell_once("waiting for the address of this host: " + problem)
+            return
         server.listen(16)
+        self.listening = True
 
         def accept():
             while True:
@@ -259,6 +267,11 @@ class Head:
             return
         connection.settimeout(self.options.patience)
         self.events.put(("joined", hello["rank"], hello, link))
+
+    def tell_once(self, text):
+        if text != self.told:
+            say(text)
+        self.told = text
 
     def name(self, rank):
         return "rank %d (%s, %s)" % ((rank,) + self.options.peers[rank])
@@ -325,11 +338,8 @@ class Head:
         busy = [rank for rank, idle in self.idle.items() if not idle]
         if self.running or self.engine.running or busy or time.monotonic() < self.not_before:
             return
-        waiting = "waiting for " + ", ".join(map(self.name, missing))
         if missing:
-            if waiting != self.told:
-                say(waiting)
-            self.told = waiting
+            self.tell_once("waiting for " + ", ".join(map(self.name, missing)))
             return
         self.told = ""
         self.refusals.clear()
@@ -341,13 +351,15 @@ class Head:
         self.engine.start()
 
     def run(self):
-        self.listen()
         beat = 0.0
         while True:
             if time.monotonic() >= beat:
                 self.tell(do="beat")
                 beat = time.monotonic() + BEAT_S
-            self.progress()
+            if not self.listening:
+                self.listen()
+            if self.listening:
+                self.progress()
             try:
                 event = self.events.get(timeout=0.5)
             except queue.Empty:

@@ -209,13 +209,40 @@ def test_a_rank_that_there_is_none_of_is_told_so(ranks: Callable[..., list[Rank]
     until(lambda: first.engine() and second.engine())
 
 
+def without_its_address(first: Rank) -> str:
+    first.command[first.command.index("host0=127.0.0.1")] = "host0=203.0.113.7"
+    return "waiting for the address of this host: cannot listen on 203.0.113.7"
+
+
 def test_an_address_that_the_host_does_not_have(ranks: Callable[..., list[Rank]]) -> None:
     first, _ = ranks()
-    first.command[first.command.index("host0=127.0.0.1")] = "host0=203.0.113.7"
+    waits = without_its_address(first)
     first.start()
-    assert first.process
-    assert first.process.wait(20) == 1
-    assert first.said("RankError: cannot listen on 203.0.113.7")
+    until(lambda: first.said(waits))
+    time.sleep(2)
+    assert len(first.log.read_text().splitlines()) == 1, "it says so once"
+    assert first.process and first.process.poll() is None
+    first.process.terminate()
+    assert first.process.wait(3) == 0
+
+
+OWN_NETWORK = ["unshare", "--map-root-user", "--net"]
+
+
+@pytest.mark.skipif(
+    subprocess.run([*OWN_NETWORK, "ip", "address"], capture_output=True, check=False).returncode != 0,
+    reason="there is no ip, or no network of one's own",
+)
+def test_an_address_that_comes_late(ranks: Callable[..., list[Rank]], tmp_path: Path) -> None:
+    (first,) = ranks(1)
+    waits = without_its_address(first)
+    late = f"until [ -e {tmp_path}/up ]; do sleep 0.1; done; ip address add 203.0.113.7/32 dev lo"
+    first.command = [*OWN_NETWORK, "sh", "-c", f'ip link set lo up; ({late}) & exec "$@"', "sh", *first.command]
+    first.start()
+    until(lambda: first.said(waits))
+    assert first.engine() == 0
+    (tmp_path / "up").touch()
+    until(first.engine)
 
 
 def other_software(rank: Rank, folder: Path) -> None:
