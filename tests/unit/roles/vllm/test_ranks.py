@@ -150,6 +150,49 @@ def test_engines_that_end_again_and_again_are_left_alone(ranks: Callable[..., li
     assert second.process and second.process.poll() is None
 
 
+# Stands in for a driver that lets no process go: none is killed before a file is there.
+HUNG = """
+import os, sys
+sys.path.insert(0, {folder!r})
+import baremetal_ranks
+baremetal_ranks.STOP_S, baremetal_ranks.STUCK_S = 1, 2
+kill = os.kill
+os.kill = lambda pid, number: kill(pid, number) if number != 9 or os.path.exists({free!r}) else None
+baremetal_ranks.main()
+"""
+
+
+def hang(rank: Rank, free: Path) -> None:
+    program = rank.folder / "hung.py"
+    program.write_text(HUNG.format(folder=str(PROGRAM.parent), free=str(free)))
+    rank.command[rank.command.index(str(PROGRAM))] = str(program)
+
+
+@pytest.mark.parametrize("by_itself", [True, False])
+def test_an_engine_that_cannot_be_killed_is_waited_for_and_named_standin(
+    ranks: Callable[..., list[Rank]], tmp_path: Path, by_itself: bool
+) -> None:
+    first, second = ranks()
+    for rank in (first, second):  # the engines of the first one can be killed
+        hang(rank, tmp_path / "free" if rank is second else tmp_path)
+        rank.start()
+    until(lambda: first.engine() and second.engine())
+    engine = second.engine()
+    until(lambda: children(engine))
+    (below,) = children(engine)
+    os.kill(engine if by_itself else first.engine(), signal.SIGKILL)
+    # The others are ended, whatever hangs there.
+    until(lambda: first.engine() == 0)
+    waits = "waiting for the engine of rank 1 (host1, 127.0.0.2) to end"
+    until(lambda: first.said(waits) and second.said(f"{waits}: killed, and still there: process {below}"))
+    time.sleep(3)
+    assert alive(below) and first.engine() == 0
+    assert [rank.log.read_text().count(waits) for rank in (first, second)] == [1, 1]
+    (tmp_path / "free").touch()
+    until(lambda: first.engine() and second.engine() not in (0, engine))
+    assert not alive(below)
+
+
 def test_another_token_is_refused(ranks: Callable[..., list[Rank]]) -> None:
     first, second = ranks(tokens=("secret", "wrong"))
     first.start()
