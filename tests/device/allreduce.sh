@@ -29,8 +29,10 @@ port=29701
 began=$SECONDS
 (
   rank 1 >/dev/null &
-  # Its process of the sum is stopped once both have met: what a host does that hangs.
-  until grep -qiE ":$(printf '%04X' "$port") 01 " /proc/net/tcp /proc/net/tcp6; do sleep 0.02; done
+  # Its process of the sum is stopped once both have met: what a host does that hangs. Each of the two is a client of the store
+  # that rank 0 keeps at the port, rank 0 first; one that is not there yet would be said not to have come.
+  met() { (($(cat /proc/net/tcp /proc/net/tcp6 | grep -ciE ":$(printf '%04X' "$port") 01 ") >= 2)); }
+  until met || ((SECONDS - began > limit)); do sleep 0.02; done
   sleep 0.2
   kill -STOP "$(pgrep -f -- "--child .1, 2, .127.0.0.1., $port" | head -n 1)"
   wait

@@ -26,11 +26,17 @@ port=8100 failed=0
 mkdir -p "$out"
 export VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 RAY_USAGE_STATS_ENABLED=0 HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token CUDA_DEVICE_ORDER=PCI_BUS_ID
+# Else Ray shows a line of several workers once.
+export RAY_DEDUP_LOGS=0
 export NCCL_NVLS_ENABLE=0 VLLM_CONFIG_ROOT=/tmp/ray-vllm-config
 
 say() { echo "== $*"; }
 fail() { say "FAIL: $*"; failed=1; }
 ray() { "$python" -m ray.scripts.scripts "$@"; }
+
+# Ray takes a node at a loopback address to be at the machine's own.
+here=$(hostname -I | cut -d' ' -f1)
+[[ -n $here ]] || { echo "ray.sh: this machine has no address but loopback, and Ray needs one"; exit 1; }
 
 if [[ -n $wheels ]]; then
   mkdir -p "$site"
@@ -38,8 +44,10 @@ if [[ -n $wheels ]]; then
   chmod -R u+x "$site/ray/core"
   export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 fi
+# Imported, as metadata says nothing of what Ray's wheel needs beside it; msgpack, which vLLM does not bring, it loads late.
 "$python" - <<END || exit 1
 import importlib.metadata as m, platform
+import msgpack, ray.scripts.scripts
 print("== python", platform.python_version(), "vllm", m.version("vllm"), "torch", m.version("torch"), "ray", m.version("ray"))
 END
 nvidia-smi --query-gpu=index,name,memory.total,driver_version --format=csv,noheader
@@ -119,10 +127,6 @@ print(json.dumps(figures))
 json.dump(answers, open(sys.argv[3], "w"))
 END
 
-# Ray takes a node at a loopback address to be at the machine's own.
-here=$(hostname -I | cut -d' ' -f1)
-[[ -n $here ]] || { echo "ray.sh: this machine has no address but loopback, and Ray needs one"; exit 1; }
-
 within() { # name of a namespace or -: sets the words that a command starts with
   prefix=()
   [[ $1 == - ]] || prefix=(ip netns exec "$1")
@@ -142,9 +146,19 @@ node() { # namespace, name, address, gpus, head address or -
     --dashboard-agent-grpc-port=6383 --runtime-env-agent-port=6384 --metrics-export-port=6385 --min-worker-port=10002 \
     --max-worker-port=10201 --object-store-memory=536870912 --temp-dir="/tmp/r$name" --num-gpus="${#list[@]}" --num-cpus=8 \
     >"$out/node-$name.log" 2>&1 &
+  local pid=$! began=$SECONDS
+  # It says so once it is in the cluster; its ports are open before. What it does not say in time, the gate judges.
+  until grep -q 'Ray runtime started' "$out/node-$name.log" || ((SECONDS - began > 60)); do
+    if ! kill -0 "$pid" 2>/dev/null; then
+      fail "Ray's node $name has ended"
+      tail -n 5 "$out/node-$name.log" | cut -c1-300
+      return 1
+    fi
+    sleep 0.5
+  done
 }
 
-server() { # namespace, name, address, parallel flags and environment in arrays flags, gate, more
+server() { # namespace, name, address, parallel flags and environment in arrays flags, gate, more; runs on where all went well
   local space=$1 name=$2 address=$3
   started=$SECONDS
   within "$space"
@@ -160,26 +174,35 @@ server() { # namespace, name, address, parallel flags and environment in arrays 
     if ! kill -0 "$pid" 2>/dev/null || ((SECONDS - started > limit)); then
       fail "$name does not answer"
       tail -n 30 "$out/server-$name.log"
+      end_server
       return 1
     fi
     sleep 1
   done
   echo "{\"server\": \"$name\", \"start_s\": $((SECONDS - started))}" | tee -a "$out/figures.jsonl"
-  "${prefix[@]}" "$python" "$out/client.py" "http://$address:$port" "$name" "$out/answers-$name.json" | tee -a "$out/figures.jsonl"
+  "${prefix[@]}" "$python" "$out/client.py" "http://$address:$port" "$name" "$out/answers-$name.json" 2>"$out/client-$name.log" |
+    tee -a "$out/figures.jsonl" || {
+    fail "$name does not answer all requests: $(tail -n 1 "$out/client-$name.log")"
+    tail -n 15 "$out/server-$name.log"
+    end_server
+    return 1
+  }
 }
 
 end_server() {
   kill "$pid" 2>/dev/null
+  for _ in $(seq 120); do kill -0 "$pid" 2>/dev/null || break; sleep 0.25; done
+  kill -KILL "$pid" 2>/dev/null && fail "the server did not end within 30 s"
   wait "$pid" 2>/dev/null
-  for _ in $(seq 30); do
+  for _ in $(seq 60); do
     nvidia-smi --query-compute-apps=pid --format=csv,noheader | grep -q . || return 0
-    sleep 1
+    sleep 0.5
   done
   fail "the server has ended and something holds a GPU"
 }
 end_ray() {
   ray stop --force >/dev/null 2>&1
-  sleep 2
+  for _ in $(seq 40); do pgrep -x raylet >/dev/null || pgrep -x gcs_server >/dev/null || break; sleep 0.25; done
 }
 trap 'end_ray; ip netns del ra 2>/dev/null; ip netns del rb 2>/dev/null' EXIT
 
@@ -189,12 +212,11 @@ server - one "$here" && end_server
 
 say "TP 2 over one Ray node"
 node - single "$here" 0,1 -
-sleep 8
 gate=("$python" "$root/roles/ray_cluster/files/baremetal_ray_gate.py" --wait 60 --node "single=$here=2" --)
 flags=(--tensor-parallel-size 2 --distributed-executor-backend ray --disable-custom-all-reduce)
 more=(RAY_ADDRESS="$here":6379)
 if server - tp2 "$here"; then
-  ray status 2>&1 | tee "$out/ray-status-tp2.txt" | grep -E "GPU|node_"
+  RAY_ADDRESS="$here":6379 timeout 60 "$python" -m ray.scripts.scripts status 2>&1 | tee "$out/ray-status-tp2.txt" | grep -E "GPU|node_"
   victim=$(pgrep -f 'ray::RayWorkerProc|RayWorkerProc' | head -n 1)
   killed=$SECONDS
   kill -KILL "$victim" 2>/dev/null || fail "no Ray worker of vLLM was found"
@@ -205,7 +227,7 @@ if server - tp2 "$here"; then
 fi
 say "a placement that cannot be met"
 began=$SECONDS
-RAY_ADDRESS="$here":6379 "$python" "$root/roles/ray_cluster/files/baremetal_ray_gate.py" --node "single=$here=3" -- /bin/true
+RAY_ADDRESS="$here":6379 timeout 90 "$python" "$root/roles/ray_cluster/files/baremetal_ray_gate.py" --wait 30 --node "single=$here=3" -- /bin/true
 code=$?
 [[ $code == 78 ]] && echo "{\"refused_after_s\": $((SECONDS - began))}" | tee -a "$out/figures.jsonl" || fail "the gate ended with $code, not 78"
 end_ray
@@ -219,7 +241,6 @@ if ip netns add ra 2>/dev/null && ip netns add rb && ip link add va netns ra typ
   done
   say "PP 2 over two Ray nodes in network namespaces"
   node ra va 10.99.0.1 0 -
-  sleep 8
   node rb vb 10.99.0.2 1 10.99.0.1
   space=ra address=10.99.0.1
   gate=("$python" "$root/roles/ray_cluster/files/baremetal_ray_gate.py" --wait 60 --node va=10.99.0.1=1 --node vb=10.99.0.2=1 --)
@@ -227,7 +248,6 @@ if ip netns add ra 2>/dev/null && ip netns add rb && ip link add va netns ra typ
 else
   say "network namespaces are refused: PP 2 over one Ray node"
   node - single "$here" 0,1 -
-  sleep 8
   space=- address=$here
   gate=("$python" "$root/roles/ray_cluster/files/baremetal_ray_gate.py" --wait 60 --node "single=$here=2" --)
   more=(RAY_ADDRESS="$here":6379)
@@ -235,7 +255,7 @@ fi
 flags=(--pipeline-parallel-size 2 --distributed-executor-backend ray)
 if server "$space" pp2 "$address"; then
   within "$space"
-  "${prefix[@]}" env RAY_ADDRESS="$address:6379" "$python" -m ray.scripts.scripts status 2>&1 | tee "$out/ray-status-pp2.txt" | grep -E "GPU|node_"
+  "${prefix[@]}" env RAY_ADDRESS="$address:6379" timeout 60 "$python" -m ray.scripts.scripts status 2>&1 | tee "$out/ray-status-pp2.txt" | grep -E "GPU|node_"
   end_server
 fi
 end_ray
@@ -250,6 +270,15 @@ print("equal to one GPU, of 3:", same)
 # Stages compute the same sums in the same order; TP splits them, so that the last digits may differ.
 sys.exit(0 if same.get("pp2") == 3 and "tp2" in same else 1)
 END
-grep -hE "ray|Ray|placement|NCCL|nccl" "$out"/server-{tp2,pp2}.log 2>/dev/null | cut -c1-220 | head -n 60
+for name in tp2 pp2; do
+  say "$name: placement, workers with their addresses (none: that of the server), ranks, NCCL"
+  log=$(sed 's/\x1b\[[0-9;]*m//g' "$out/server-$name.log" 2>/dev/null)
+  {
+    grep -m 1 '^placement: .* are here' <<<"$log"
+    grep -oE '\(\w*Worker\w* pid=[0-9]+(, ip=[0-9.]+)?\)' <<<"$log" | sort -u | head -n 2
+    grep -E -o 'rank [0-9]+ in world size .*' <<<"$log" | sort -u | head -n 2
+    grep -E -m 1 -o '(vLLM is using nccl==|NCCL version ).*' <<<"$log"
+  } | cut -c1-160
+done
 cat "$out/figures.jsonl"
 [[ $failed == 0 ]] && echo PASS || { echo FAIL; exit 1; }

@@ -18,6 +18,7 @@ import argparse
 import collections
 import contextlib
 import ctypes
+import errno
 import glob
 import hashlib
 import hmac
@@ -44,6 +45,8 @@ FAILURES, WINDOW_S = 5, 600
 GIVE_UP = 78  # EX_CONFIG of sysexits.h: a restart does not help
 # How long an engine may take to end before it is killed.
 STOP_S = 20
+# How long after that it is said that it does not end: what hangs in a driver cannot be killed.
+STUCK_S = 10
 CONNECT_S = 5
 LINE_LIMIT = 1 << 16
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -52,6 +55,10 @@ CAUSE = re.compile(r"(?:[\w.]+(?:Error|Exception|Interrupt)|[\w./ -]+: error): ?
 
 def say(text):
     print("ranks: " + text, flush=True)
+
+
+def name_of(rank, peers):
+    return "rank %d (%s, %s)" % ((rank,) + peers[rank])
 
 
 def versions():
@@ -70,24 +77,26 @@ def write_pid(path, pid):
 
 
 class Engine:
-    """The engine process of this host. Its output passes through; its end becomes an event ``("ended", status)``."""
+    """The engine process of this host. Its output passes through; that it has exited becomes an event ``("exited", status)``, and
+    that all that it started has, too, ``("ended",)``: only then another one can start."""
 
     def __init__(self, command, pid_file, events):
         self.command, self.pid_file, self.events = command, pid_file, events
         self.process, self.stopping, self.last = None, False, collections.deque(maxlen=80)
+        self.ending, self.complained = float("inf"), False  # since when, and whether it was said
 
     @property
     def running(self):
         return self.process is not None
 
     def start(self):
-        self.stopping = False
+        self.stopping, self.ending, self.complained = False, float("inf"), False
         self.last.clear()
         try:
             self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         except OSError as error:
             self.last.append("%s: error: %s" % (self.command[0], error.strerror))
-            self.events.put(("ended", 127))
+            self.events.put(("exited", 127))
             return
         write_pid(self.pid_file, self.process.pid)
         follower = threading.Thread(target=self._follow, args=(self.process,), daemon=True)
@@ -102,22 +111,29 @@ class Engine:
 
     def _wait(self, process, follower):
         status = process.wait()
+        self.ending = min(self.ending, time.monotonic())
         kill_descendants()  # engines that outlive their server hold its memory
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, 0):
-                pass
         follower.join(5)
+        self.events.put(("exited", status))
+        pause = 0.05
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+                time.sleep(pause)
+                pause = min(2 * pause, 1)
+                kill_descendants()  # again: one may have forked between the look and the kill
         with contextlib.suppress(OSError):
             os.unlink(self.pid_file)
         self.process = None
-        self.events.put(("ended", status))
+        self.events.put(("ended",))
 
     def stop(self):
         """Ends it; the event follows."""
         process = self.process
         if process is None or self.stopping:
             return
-        self.stopping = True
+        self.stopping, self.ending = True, min(self.ending, time.monotonic())
         with contextlib.suppress(OSError):
             process.terminate()
 
@@ -128,6 +144,13 @@ class Engine:
                 kill_descendants()
 
         threading.Thread(target=insist, daemon=True).start()
+
+    def complain(self, name):
+        """Says once that it does not end."""
+        if self.running and not self.complained and time.monotonic() - self.ending > STOP_S + STUCK_S:
+            self.complained = True
+            there = ", ".join(map(str, descendants()))
+            say("waiting for the engine of %s to end: killed, and still there: process %s" % (name, there))
 
     def cause(self):
         """The line of its output that says why it ended."""
@@ -224,7 +247,7 @@ class Head:
     def __init__(self, options, engine, events, token):
         self.options, self.engine, self.events, self.token = options, engine, events, token
         self.links, self.idle = {}, {}
-        self.running, self.leaving, self.not_before, self.told = False, False, 0.0, ""
+        self.listening, self.running, self.leaving, self.not_before, self.told = False, False, False, 0.0, ""
         self.failures = collections.deque(maxlen=FAILURES)
         self.versions = versions()
         self.refusals, self.unlike = set(), {}  # what was said of hosts; since when a rank's software differs
@@ -236,8 +259,15 @@ class Head:
         try:
             server.bind((address, self.options.port))
         except OSError as error:
-            sys.exit("RankError: cannot listen on %s port %d: %s" % (address, self.options.port, error.strerror))
+            problem = "cannot listen on %s port %d: %s" % (address, self.options.port, error.strerror)
+            if error.errno != errno.EADDRNOTAVAIL:
+                sys.exit("RankError: " + problem)
+            # After a boot the interconnect may come later than this; to end would use up the tries of the unit.
+            server.close()
+            self.tell_once("waiting for the address of this host: " + problem)
+            return
         server.listen(16)
+        self.listening = True
 
         def accept():
             while True:
@@ -260,8 +290,13 @@ class Head:
         connection.settimeout(self.options.patience)
         self.events.put(("joined", hello["rank"], hello, link))
 
+    def tell_once(self, text):
+        if text != self.told:
+            say(text)
+        self.told = text
+
     def name(self, rank):
-        return "rank %d (%s, %s)" % ((rank,) + self.options.peers[rank])
+        return name_of(rank, self.options.peers)
 
     def tell(self, **message):
         for link in self.links.values():
@@ -322,14 +357,16 @@ class Head:
     def progress(self):
         """Starts all engines when everything is ready; says once what is waited for."""
         missing = [rank for rank in range(1, len(self.options.peers)) if rank not in self.links]
-        busy = [rank for rank, idle in self.idle.items() if not idle]
-        if self.running or self.engine.running or busy or time.monotonic() < self.not_before:
+        busy = [rank for rank, idle in sorted(self.idle.items()) if not idle]
+        late = time.monotonic() - self.not_before
+        if self.running or late < 0:
             return
-        waiting = "waiting for " + ", ".join(map(self.name, missing))
+        if busy and late > STOP_S + STUCK_S:
+            self.tell_once("waiting for the engine of %s to end" % ", ".join(map(self.name, busy)))
+        if busy or self.engine.running:
+            return
         if missing:
-            if waiting != self.told:
-                say(waiting)
-            self.told = waiting
+            self.tell_once("waiting for " + ", ".join(map(self.name, missing)))
             return
         self.told = ""
         self.refusals.clear()
@@ -341,13 +378,16 @@ class Head:
         self.engine.start()
 
     def run(self):
-        self.listen()
         beat = 0.0
         while True:
             if time.monotonic() >= beat:
                 self.tell(do="beat")
                 beat = time.monotonic() + BEAT_S
-            self.progress()
+            if not self.listening:
+                self.listen()
+            if self.listening:
+                self.progress()
+            self.engine.complain(self.name(0))
             try:
                 event = self.events.get(timeout=0.5)
             except queue.Empty:
@@ -396,12 +436,14 @@ class Head:
         if message.get("is") == "idle":
             self.idle[rank] = True
         elif message.get("is") == "failed":
-            self.idle[rank] = True
             self.failed(rank, message["why"])
 
-    def on_ended(self, status):
+    def on_exited(self, status):
         if self.running and not self.leaving:
             self.failed(0, "status %d: %s" % (status, self.engine.cause()))
+
+    def on_ended(self):
+        """progress() asks the engine itself."""
 
 
 class Follower:
@@ -443,6 +485,7 @@ class Follower:
             if self.link and time.monotonic() >= beat:
                 self.link.send(**{"is": "alive"})
                 beat = time.monotonic() + BEAT_S
+            self.engine.complain(name_of(self.options.rank, self.options.peers))
             try:
                 event = self.events.get(timeout=0.5 if self.link else RETRY_S)
             except queue.Empty:
@@ -488,13 +531,13 @@ class Follower:
         else:
             self.link.send(**{"is": "idle"})
 
-    def on_ended(self, status):
-        if self.link is None:
-            return
-        if self.engine.stopping:
-            self.link.send(**{"is": "idle"})
-        else:
+    def on_exited(self, status):
+        if self.link and not self.engine.stopping:
             self.link.send(**{"is": "failed", "why": "status %d: %s" % (status, self.engine.cause())})
+
+    def on_ended(self):
+        if self.link:
+            self.link.send(**{"is": "idle"})
 
 
 def parse():

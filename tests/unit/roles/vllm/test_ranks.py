@@ -150,6 +150,49 @@ def test_engines_that_end_again_and_again_are_left_alone(ranks: Callable[..., li
     assert second.process and second.process.poll() is None
 
 
+# Stands in for a driver that lets no process go: none is killed before a file is there.
+HUNG = """
+import os, sys
+sys.path.insert(0, {folder!r})
+import baremetal_ranks
+baremetal_ranks.STOP_S, baremetal_ranks.STUCK_S = 1, 2
+kill = os.kill
+os.kill = lambda pid, number: kill(pid, number) if number != 9 or os.path.exists({free!r}) else None
+baremetal_ranks.main()
+"""
+
+
+def hang(rank: Rank, free: Path) -> None:
+    program = rank.folder / "hung.py"
+    program.write_text(HUNG.format(folder=str(PROGRAM.parent), free=str(free)))
+    rank.command[rank.command.index(str(PROGRAM))] = str(program)
+
+
+@pytest.mark.parametrize("by_itself", [True, False])
+def test_an_engine_that_cannot_be_killed_is_waited_for_and_named_standin(
+    ranks: Callable[..., list[Rank]], tmp_path: Path, by_itself: bool
+) -> None:
+    first, second = ranks()
+    for rank in (first, second):  # the engines of the first one can be killed
+        hang(rank, tmp_path / "free" if rank is second else tmp_path)
+        rank.start()
+    until(lambda: first.engine() and second.engine())
+    engine = second.engine()
+    until(lambda: children(engine))
+    (below,) = children(engine)
+    os.kill(engine if by_itself else first.engine(), signal.SIGKILL)
+    # The others are ended, whatever hangs there.
+    until(lambda: first.engine() == 0)
+    waits = "waiting for the engine of rank 1 (host1, 127.0.0.2) to end"
+    until(lambda: first.said(waits) and second.said(f"{waits}: killed, and still there: process {below}"))
+    time.sleep(3)
+    assert alive(below) and first.engine() == 0
+    assert [rank.log.read_text().count(waits) for rank in (first, second)] == [1, 1]
+    (tmp_path / "free").touch()
+    until(lambda: first.engine() and second.engine() not in (0, engine))
+    assert not alive(below)
+
+
 def test_another_token_is_refused(ranks: Callable[..., list[Rank]]) -> None:
     first, second = ranks(tokens=("secret", "wrong"))
     first.start()
@@ -209,13 +252,40 @@ def test_a_rank_that_there_is_none_of_is_told_so(ranks: Callable[..., list[Rank]
     until(lambda: first.engine() and second.engine())
 
 
+def without_its_address(first: Rank) -> str:
+    first.command[first.command.index("host0=127.0.0.1")] = "host0=203.0.113.7"
+    return "waiting for the address of this host: cannot listen on 203.0.113.7"
+
+
 def test_an_address_that_the_host_does_not_have(ranks: Callable[..., list[Rank]]) -> None:
     first, _ = ranks()
-    first.command[first.command.index("host0=127.0.0.1")] = "host0=203.0.113.7"
+    waits = without_its_address(first)
     first.start()
-    assert first.process
-    assert first.process.wait(20) == 1
-    assert first.said("RankError: cannot listen on 203.0.113.7")
+    until(lambda: first.said(waits))
+    time.sleep(2)
+    assert len(first.log.read_text().splitlines()) == 1, "it says so once"
+    assert first.process and first.process.poll() is None
+    first.process.terminate()
+    assert first.process.wait(3) == 0
+
+
+OWN_NETWORK = ["unshare", "--map-root-user", "--net"]
+
+
+@pytest.mark.skipif(
+    subprocess.run([*OWN_NETWORK, "ip", "address"], capture_output=True, check=False).returncode != 0,
+    reason="there is no ip, or no network of one's own",
+)
+def test_an_address_that_comes_late(ranks: Callable[..., list[Rank]], tmp_path: Path) -> None:
+    (first,) = ranks(1)
+    waits = without_its_address(first)
+    late = f"until [ -e {tmp_path}/up ]; do sleep 0.1; done; ip address add 203.0.113.7/32 dev lo"
+    first.command = [*OWN_NETWORK, "sh", "-c", f'ip link set lo up; ({late}) & exec "$@"', "sh", *first.command]
+    first.start()
+    until(lambda: first.said(waits))
+    assert first.engine() == 0
+    (tmp_path / "up").touch()
+    until(first.engine)
 
 
 def other_software(rank: Rank, folder: Path) -> None:
