@@ -26,7 +26,7 @@ from . import engine as engines
 from .engine import Engine
 from .errors import PlanError
 from .hardware import Gpu, Host
-from .memory import cuda_total_gib, engine_memory, lowest_utilization
+from .memory import cuda_total_gib, engine_memory, lowest_utilization, states_problem
 from .model import pp_problems, tp_problems
 from .service import Service
 from .tables import load
@@ -229,6 +229,8 @@ def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engi
     for engine in map(engines.get, names):
         suffix, problems, remarks = engines.build_for(engine, gpu.capability, driver, container)
         if problem := engines.architecture_problem(engine, service.shape.architecture):
+            problems.append(problem)
+        if problem := states_problem(service.shape, engine.version, engine.core(gpu.capability) == "V0"):
             problems.append(problem)
         if problems:
             refused += problems
