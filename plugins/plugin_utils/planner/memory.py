@@ -18,7 +18,19 @@ from typing import Any
 
 from . import engine
 from .errors import PlanError
-from .model import DTYPE_BYTES, ENCODERS, GIB, MIB, ModelShape, kv_page, matrices, pp_layers, pp_problems, tp_problems
+from .model import (
+    DTYPE_BYTES,
+    ENCODERS,
+    GIB,
+    MIB,
+    ModelShape,
+    expert_group,
+    kv_page,
+    matrices,
+    pp_layers,
+    pp_problems,
+    tp_problems,
+)
 
 KV_DTYPES = {
     "auto": 0.0,
@@ -228,6 +240,10 @@ def _weights(
     quant = shape.quant
     memory = Allocator(whole_from)
     table = shape.rotary_elements
+    experts = next((m for m in (shape.layers[index].mlp for index in layers) if m and m.experts), None)
+    cut = 0  # group of experts that are cut inside a group
+    if quant is not None and experts and expert_split == 1:
+        cut = expert_group(quant, shape.hidden_size, experts.expert_size // tp)
     for name, rows, cols, part in matrices(shape, tp, expert_split, layers, first, last):
         quantized = (
             quant is not None
@@ -248,7 +264,8 @@ def _weights(
         if quant.block[0]:
             scales = -(-rows // quant.block[0]) * -(-cols // quant.block[1])
         else:
-            scales = rows * cols // quant.group if quant.group else rows
+            group = cut if part == "expert" and cut else quant.group
+            scales = rows * cols // group if group else rows
         memory.take(int(scales * quant.scale_bits / 8))
         if quant.group and quant.zero_bits:
             memory.take(int(scales * quant.zero_bits / 8))
@@ -690,7 +707,9 @@ def engine_memory(
 
     total = cuda_total_gib(total_mib, gpu_memory_reserved_mib) * GIB
     requested = math.ceil(total * utilization)
-    problems = tp_problems(shape, tp, expert_parallel=expert_parallel, data_parallel_size=dp)
+    problems = tp_problems(
+        shape, tp, engine_version=engine_version, expert_parallel=expert_parallel, data_parallel_size=dp
+    )
     problems += pp_problems(shape, pp, engine_version=engine_version)
     if refused:
         problems.append(refused)

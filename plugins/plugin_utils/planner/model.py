@@ -112,7 +112,8 @@ class Layer:
 @dataclass(frozen=True)
 class Quantization:
     """Weights of the quantized matrices: ``bits`` each, with scales of ``scale_bits`` for every ``group`` inputs
-    (0: one for each output) or for each block. ``skip_attention``, ``skip_experts``: those stay unquantized."""
+    (0: one for each output) or for each block. ``skip_attention``, ``skip_dense``: those stay unquantized. ``halves``:
+    a group of the experts may be cut, and its scales be repeated."""
 
     method: str
     bits: float
@@ -124,6 +125,7 @@ class Quantization:
     skip_attention: bool = False
     skip_dense: bool = False
     marlin: bool = False
+    halves: bool = False
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,10 @@ class _Reader:
         if value is None:
             if default is None:
                 raise PlanError(
-                    f"config.{name}", None, "a model's config.json has it; is this the config of a language model?"
+                    f"config.{name}",
+                    None,
+                    "is this the config.json of a language model? If its class has a default for it, give the whole file as "
+                    f"`config` of the service, with {name} in it",
                 )
             return default
         if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value):
@@ -294,8 +299,9 @@ def parse_config(
         raise PlanError("config.architectures", None, "a model's config.json names its class or its model_type")
     # What the class of the config fills in, and what it calls by other names.
     stateful = load("configs")["states"].get(model_type)
-    if stateful:
+    if text is not config or stateful:
         text = {**load("configs")["defaults"].get(model_type, {}), **text}
+    if stateful:
         text = {**text, **{name: text[own] for name, own in stateful.items() if own in text}}
     read = _Reader(text)
 
@@ -455,6 +461,8 @@ def _max_position(read: _Reader, text: Config, model_type: str) -> int:
     rope = _rope(text)
     kind = str(rope.get("rope_type", rope.get("type", "default")))
     factor = rope.get("factor")
+    if model_type.startswith("gemma3"):  # its max_position_embeddings are stretched ones
+        return limit
     if isinstance(factor, (int, float)) and factor > 0 and kind not in ("default", "su", "longrope", "llama3", "mrope"):
         original = rope.get("original_max_position_embeddings")
         if kind in ("yarn", "deepseek_yarn") and isinstance(original, (int, float)):
@@ -742,7 +750,11 @@ def _quantization(config: Config, text: Config, wanted: str | None, notes: list[
             raise PlanError("config.quantization_config.bits", bits, "2, 3, 4 or 8 are known")
         group = read.count("group_size", "q_group_size", default=128, low=-1)
         zero = method.startswith("awq") or not read.flag("sym", default=True)
-        return Quantization(method, bits, max(group, 0), 16, bits if zero else 0, skip_attention=skip, marlin=True)
+        plain_method = method in ("gptq", "gptq_marlin", "awq", "awq_marlin")
+        return Quantization(
+            method, bits, max(group, 0), 16, bits if zero else 0, skip_attention=skip, marlin=True,
+            halves=plain_method and bits in (4, 8) and not read.flag("desc_act"),
+        )  # fmt: skip
     if method == "fp8" or method == "fbgemm_fp8":
         block = raw.get("weight_block_size")
         if block is not None and not (
@@ -897,9 +909,10 @@ def tp_problems(
 ) -> list[str]:
     """Reasons why ``tp`` is not possible, such as ``TP 3 is not possible: 40 attention heads``. Empty when it is.
 
-    The rules are the same in every engine version of the catalog; blocks and groups of weights that are quantized
+    The other rules are the same in every engine version of the catalog; blocks and groups of weights that are quantized
     while they are loaded (``quantization``) follow from the shape. With ``expert_parallel`` whole experts are dealt
-    over ``tp * data_parallel_size`` GPUs instead of being sliced.
+    over ``tp * data_parallel_size`` GPUs instead of being sliced. An ``engine_version`` of None stands for a new one,
+    which cuts experts inside a quantization group.
 
     Raises:
         PlanError: ``tp`` is not a whole number above 0.
@@ -907,14 +920,33 @@ def tp_problems(
     _positive("tensor_parallel_size", tp)
     if tp == 1 and not expert_parallel:
         return []
-    key = ("tp", tp, expert_parallel, data_parallel_size)
+    halves = _halves(engine_version)
+    key = ("tp", tp, expert_parallel, data_parallel_size, halves)
     if key not in shape.cache:
-        why = dict.fromkeys(_split_problems(shape, tp, expert_parallel, data_parallel_size))
+        why = dict.fromkeys(_split_problems(shape, tp, expert_parallel, data_parallel_size, halves))
         shape.cache[key] = [f"TP {tp} is not possible: {reason}" for reason in why]
     return list(shape.cache[key])
 
 
-def _split_problems(shape: ModelShape, tp: int, expert_parallel: bool, dp: int) -> Iterator[str]:
+def _halves(version: str | None) -> bool:
+    if version is None:
+        return True
+    from .engine import at_least  # not at the top: see pp_problems
+
+    return at_least(version, load("configs")["halved_groups"]["first"])
+
+
+def expert_group(quant: Quantization, hidden: int, part: int) -> int:
+    """Inputs that share a scale in experts of which each GPU holds ``part`` columns: the group, halved until it divides
+    both; 0 where none that the kernels take does.
+    """
+    group, least = quant.group, load("configs")["halved_groups"]["least"]
+    while quant.halves and group >= least and (part % group or hidden % group):
+        group //= 2
+    return group if group >= least and not (part % group or hidden % group) else 0
+
+
+def _split_problems(shape: ModelShape, tp: int, expert_parallel: bool, dp: int, halves: bool) -> Iterator[str]:
     if padded_vocab(shape.vocab_size) % tp:
         yield f"vocabulary of {shape.vocab_size}, padded to {padded_vocab(shape.vocab_size)}"
     for layer in dict.fromkeys(shape.layers):
@@ -936,7 +968,11 @@ def _split_problems(shape: ModelShape, tp: int, expert_parallel: bool, dp: int) 
                 if m.experts % (tp * dp):
                     yield f"{m.experts} experts cannot be dealt evenly over {tp * dp} GPUs"
             else:
-                yield from _slice_problems(shape, "expert intermediate size", m.expert_size, tp, shape.quant, True)
+                quant = (
+                    shape.quant if halves and shape.quant and shape.quant.halves and m.expert_size % tp == 0 else None
+                )
+                if not (quant and expert_group(quant, shape.hidden_size, m.expert_size // tp)):
+                    yield from _slice_problems(shape, "expert intermediate size", m.expert_size, tp, shape.quant, True)
             if m.shared_size:
                 yield from _slice_problems(shape, "shared expert intermediate size", m.shared_size, tp, shape.quant)
 
