@@ -26,7 +26,7 @@ from . import engine as engines
 from .engine import Engine
 from .errors import PlanError
 from .hardware import Gpu, Host
-from .memory import cuda_total_gib, engine_memory, lowest_utilization
+from .memory import cuda_total_gib, engine_memory, lowest_utilization, states_problem
 from .model import pp_problems, tp_problems
 from .service import Service
 from .tables import load
@@ -168,12 +168,14 @@ class Needs:
     """Needs of services on kinds of GPUs. Everything is computed once: 200 equal hosts cost as much as one."""
 
     def __init__(self) -> None:
+        self._services: dict[int, Service] = {}  # those that were seen, so that the id of each stays its own
         self._engines: dict[tuple[Any, ...], tuple[Engine | None, str, list[str], list[str]]] = {}
         self._needs: dict[tuple[Any, ...], Need | None] = {}
 
     def engine(self, service: Service, gpu: Gpu, driver: str | None) -> tuple[Engine | None, str, list[str], list[str]]:
         """(release, tag suffix, problems, remarks) for a service on a kind of GPU with a driver."""
-        key = (service.name, gpu.kind, driver)
+        self._services[id(service)] = service
+        key = (id(service), gpu.kind, driver)
         if key not in self._engines:
             self._engines[key] = _choose_engine(service, gpu, driver)
         return self._engines[key]
@@ -192,8 +194,10 @@ class Needs:
     ) -> Need | None:
         """The need with the largest batch (lean: the smallest) whose utilization is at most ``most``, or None."""
 
+        self._services[id(service)] = service
+
         def need(tokens: int, seqs: int, eager: bool) -> Need | None:
-            key = (service.name, gpu.kind, engine.version, tag, length, shape, tokens, seqs, eager)
+            key = (id(service), gpu.kind, engine.version, tag, length, shape, tokens, seqs, eager)
             if key not in self._needs:
                 self._needs[key] = make_need(service, gpu, engine, tag, length, tokens, seqs, shape, eager)
             return self._needs[key]
@@ -229,6 +233,8 @@ def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engi
     for engine in map(engines.get, names):
         suffix, problems, remarks = engines.build_for(engine, gpu.capability, driver, container)
         if problem := engines.architecture_problem(engine, service.shape.architecture):
+            problems.append(problem)
+        if problem := states_problem(service.shape, engine.version, engine.core(gpu.capability) == "V0"):
             problems.append(problem)
         if problems:
             refused += problems

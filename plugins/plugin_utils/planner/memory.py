@@ -18,7 +18,19 @@ from typing import Any
 
 from . import engine
 from .errors import PlanError
-from .model import DTYPE_BYTES, ENCODERS, GIB, MIB, ModelShape, kv_page, matrices, pp_layers, pp_problems, tp_problems
+from .model import (
+    DTYPE_BYTES,
+    ENCODERS,
+    GIB,
+    MIB,
+    ModelShape,
+    expert_group,
+    kv_page,
+    matrices,
+    pp_layers,
+    pp_problems,
+    tp_problems,
+)
 
 KV_DTYPES = {
     "auto": 0.0,
@@ -87,6 +99,7 @@ class MemoryPlan:
         footprint_gib: the most that the engine needs of the GPU (request, outside, uncounted graphs).
         held_gib: what its allocator comes to hold on top, and gives back only to itself.
         kv_needed_gib: KV cache that one request of max_model_len tokens needs.
+        kv_least_gib: KV cache without which the engine does not start.
         largest_max_model_len: the longest context that this KV cache holds (0 when none; capped at the config's).
         stage: pipeline stage that decides.
     """
@@ -106,6 +119,7 @@ class MemoryPlan:
     held_gib: float
     cuda_graph_counted_gib: float
     kv_needed_gib: float
+    kv_least_gib: float
     largest_max_model_len: int
     stage: int = 0
 
@@ -226,6 +240,10 @@ def _weights(
     quant = shape.quant
     memory = Allocator(whole_from)
     table = shape.rotary_elements
+    experts = next((m for m in (shape.layers[index].mlp for index in layers) if m and m.experts), None)
+    cut = 0  # group of experts that are cut inside a group
+    if quant is not None and experts and expert_split == 1:
+        cut = expert_group(quant, shape.hidden_size, experts.expert_size // tp)
     for name, rows, cols, part in matrices(shape, tp, expert_split, layers, first, last):
         quantized = (
             quant is not None
@@ -246,7 +264,8 @@ def _weights(
         if quant.block[0]:
             scales = -(-rows // quant.block[0]) * -(-cols // quant.block[1])
         else:
-            scales = rows * cols // quant.group if quant.group else rows
+            group = cut if part == "expert" and cut else quant.group
+            scales = rows * cols // group if group else rows
         memory.take(int(scales * quant.scale_bits / 8))
         if quant.group and quant.zero_bits:
             memory.take(int(scales * quant.zero_bits / 8))
@@ -304,15 +323,13 @@ def _mlp_tokens(
 def _attention_token(shape: ModelShape, tp: int, layers: range, element: int) -> int:
     """Bytes alive for each token at the peak of an attention layer."""
     worst = 0
-    for a in {shape.layers[index].attention for index in layers}:
-        if a and a.kind == "mla":
+    for a in {mixer for index in layers for mixer in shape.layers[index].mixers}:
+        if a.kind == "mla":
             size = a.heads // tp * (a.head_dim + a.v_dim) + 2 * (a.latent + a.rope_dim)
-        elif a and a.kind != "state":
+        elif a.kind != "state":
             size = 3 * (a.heads // tp * a.head_dim) + 2 * max(1, a.kv_heads // tp) * a.head_dim
-        elif a:
-            size = 2 * a.projection // shape.hidden_size // tp
         else:
-            continue
+            size = 2 * a.projection // shape.hidden_size // tp
         worst = max(worst, (size + 2 * shape.hidden_size) * element)
     return worst
 
@@ -355,12 +372,11 @@ def _kv_layout(
     largest's when the sizes are within 1.5), and block i of every group lies in the same memory.
     """
     pages: dict[tuple[str, int, int], int] = {}
-    for index in layers:
-        a = shape.layers[index].attention
-        if a is None or a.kind == "encoder":
+    for a in (mixer for index in layers for mixer in shape.layers[index].mixers):
+        if a.kind == "encoder":
             continue
         if a.kind == "state":
-            size = int((a.state[0] * state_bytes + a.state[1] * state_bytes) / tp)
+            size = int((a.state[0] * state_bytes + a.state[1] * (a.state_bytes or state_bytes)) / tp)
             key = ("state", 0, size)
         else:
             key = (a.kind, a.window, kv_page(a, tp, kv_bytes))
@@ -453,9 +469,7 @@ def _engine(shape: ModelShape, version: str, capability: tuple[int, int]) -> _En
             return engine.at_least(text, floor)
 
         v0 = release.core(capability) == "V0"
-        dense = not shape.experts and not any(
-            layer.attention and layer.attention.kind == "state" for layer in shape.layers
-        )
+        dense = not shape.experts and not shape.states
         runner_v2 = (
             shape.kind == "generate"
             and not v0
@@ -621,6 +635,16 @@ def _element_bytes(shape: ModelShape, dtype: str, capability: tuple[int, int]) -
     return DTYPE_BYTES[dtype], None
 
 
+def states_problem(shape: ModelShape, version: str, v0: bool) -> str | None:
+    """Why the memory of a model's states is not known, or None."""
+    if not v0 or not shape.states:
+        return None
+    return (
+        f"the V0 core of vLLM {version} keeps the states of {shape.states} layers outside of the KV cache, which is not "
+        "counted here: take engine_version 0.25.1, on a GPU that it runs on"
+    )
+
+
 def engine_memory(
     shape: ModelShape,
     *,
@@ -683,11 +707,13 @@ def engine_memory(
 
     total = cuda_total_gib(total_mib, gpu_memory_reserved_mib) * GIB
     requested = math.ceil(total * utilization)
-    problems = tp_problems(shape, tp, expert_parallel=expert_parallel, data_parallel_size=dp)
+    problems = tp_problems(
+        shape, tp, engine_version=engine_version, expert_parallel=expert_parallel, data_parallel_size=dp
+    )
     problems += pp_problems(shape, pp, engine_version=engine_version)
     if refused:
         problems.append(refused)
-    if length > shape.max_position:
+    if length > shape.max_position and not shape.unbounded:
         problems.append(f"max_model_len {length} is more than the {shape.max_position} tokens of the model's config")
     if batched < seqs and not facts.v0:
         problems.append(f"max_num_batched_tokens {batched} is below max_num_seqs {seqs}")
@@ -695,6 +721,8 @@ def engine_memory(
         problems.append(
             f"max_num_batched_tokens {batched} is below max_model_len {length}: an encoder reads a text in one piece"
         )
+    if problem := states_problem(shape, engine_version, facts.v0):
+        problems.append(problem)
     if problems:
         return _refusal(requested, problems)
 
@@ -737,6 +765,7 @@ def engine_memory(
         shape, facts, stage, number=number, requested=requested, free=free, available=available, peak=peak,
         steady=steady, graphs=graphs, counted=counted, inside=inside, outside=outside, length=length, batched=batched,
         utilization=utilization, total=total, held=_held(shape, facts, stage, min(seqs, batched), tp),
+        rows=0 if enforce_eager else seqs,
     )  # fmt: skip
 
 
@@ -746,7 +775,7 @@ def _refusal(requested: int, problems: list[str]) -> MemoryPlan:
         requested_gib=requested / GIB, weights_gib=nothing, activation_gib=nothing, non_torch_gib=nothing,
         cuda_graph_gib=nothing, kv_cache_gib=nothing, kv_cache_tokens=0, max_concurrency=nothing, fits=False,
         reason="; ".join(problems), outside_gib=nothing, footprint_gib=nothing, held_gib=nothing, cuda_graph_counted_gib=nothing,
-        kv_needed_gib=nothing, largest_max_model_len=0,
+        kv_needed_gib=nothing, kv_least_gib=nothing, largest_max_model_len=0,
     )  # fmt: skip
 
 
@@ -771,11 +800,14 @@ def _longest(stage: _Stage, blocks: int, batched: int, limit: int) -> int:
 def _verdict(
     shape: ModelShape, facts: _Engine, stage: _Stage, *, number: int, requested: float, free: float, available: float,
     peak: int, steady: int, graphs: float, counted: float, inside: float, outside: float, length: int, batched: int,
-    utilization: float, total: float, held: float,
+    utilization: float, total: float, held: float, rows: int,
 ) -> MemoryPlan:  # fmt: skip
+    """``rows``: requests of the largest CUDA graph of a decoding batch."""
     needs_cache = bool(stage.groups)
     blocks = max(0, int(available // stage.block_bytes)) if needs_cache else 0
     need = _need(stage, length, batched) if needs_cache else 0
+    # Graphs are captured with a state for each request. Source: config/compilation.py of 0.25.1 and 0.32.0.
+    states = rows if any(group.kind == "state" for group in stage.groups) else 0
     concurrency = blocks / need if need else 0.0
     tokens = blocks * BLOCK
     if need and (len(stage.groups) > 1 or stage.groups[0].kind != "full"):
@@ -821,6 +853,13 @@ def _verdict(
                 f"one request of {length} tokens needs {need * stage.block_bytes / g:.2f} GiB of KV cache: {parts} = "
                 f"{available / g:.2f} GiB, enough for max_model_len {longest}"
             )
+        elif blocks < states:
+            fits = False
+            reason = (
+                f"max_num_seqs {states} is more than the {blocks} blocks of the KV cache, and CUDA graphs need one for the "
+                f"state of each request: {parts} = {available / g:.2f} GiB. Lower max_num_seqs to {blocks}, or set "
+                "enforce_eager"
+            )
         elif late > 0 and not facts.v0:
             fits = False
             reason = (
@@ -846,6 +885,7 @@ def _verdict(
         held_gib=held,
         cuda_graph_counted_gib=counted,
         kv_needed_gib=need * stage.block_bytes / g,
+        kv_least_gib=max(need, states) * stage.block_bytes / g,
         largest_max_model_len=longest,
         stage=number,
     )
@@ -908,7 +948,7 @@ def lowest_utilization(shape: ModelShape, *, concurrency: float = 1.0, **argumen
         plan = engine_memory(shape, gpu_memory_utilization=place / 1000, **arguments)
         if not plan.kv_needed_gib and not plan.weights_gib:
             return None
-        spent = plan.requested_gib - plan.kv_cache_gib + wanted * plan.kv_needed_gib
+        spent = plan.requested_gib - plan.kv_cache_gib + max(wanted * plan.kv_needed_gib, plan.kv_least_gib)
         if not plan.kv_needed_gib:
             spent = plan.weights_gib + plan.activation_gib + plan.non_torch_gib + plan.cuda_graph_gib
         start = math.ceil(spent / plan.requested_gib * place)

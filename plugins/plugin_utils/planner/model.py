@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import PlanError
+from .tables import load
 
 Config = Mapping[str, Any]
 GIB = 1 << 30
@@ -38,7 +39,7 @@ UNGATED = frozenset({
 # tie_word_embeddings where the config leaves it out: these families' own default (the others do not tie).
 TIED = frozenset({
     "gemma", "gemma2", "gemma3", "gemma3_text", "falcon", "gpt2", "bloom", "opt", "mpt", "cohere", "cohere2",
-    "gpt_bigcode", "starcoder2", "gpt_neo", "codegen"
+    "gpt_bigcode", "starcoder2", "gpt_neo", "codegen", "mamba", "falcon_mamba"
 })  # fmt: skip
 BIAS_QKV = frozenset({
     "qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "gpt_oss", "gpt2", "opt", "bloom", "bert", "roberta",
@@ -62,7 +63,8 @@ class Attention:
 
     ``window``: tokens a sliding or chunked layer looks back. MLA: ``latent`` (kv_lora_rank), ``rope_dim``,
     ``nope_dim``, ``q_rank`` (0: q is one matrix). State: ``state`` elements for one request over all heads (conv and
-    recurrent), ``projection``: elements of its matrices.
+    recurrent), ``state_bytes``: bytes of a recurrent one (0: as the model's others), ``projection``: elements of its
+    matrices.
     """
 
     kind: str
@@ -77,6 +79,7 @@ class Attention:
     q_rank: int = 0
     bias: bool = False
     state: tuple[int, int] = (0, 0)
+    state_bytes: int = 0
     projection: int = 0
     state_heads: int = 0
 
@@ -95,14 +98,22 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Layer:
+    """``beside``: a state that works on the same input as the attention."""
+
     attention: Attention | None
     mlp: Mlp | None
+    beside: Attention | None = None
+
+    @property
+    def mixers(self) -> tuple[Attention, ...]:
+        return tuple(mixer for mixer in (self.attention, self.beside) if mixer)
 
 
 @dataclass(frozen=True)
 class Quantization:
     """Weights of the quantized matrices: ``bits`` each, with scales of ``scale_bits`` for every ``group`` inputs
-    (0: one for each output) or for each block. ``skip_attention``, ``skip_experts``: those stay unquantized."""
+    (0: one for each output) or for each block. ``skip_attention``, ``skip_dense``: those stay unquantized. ``halves``:
+    a group of the experts may be cut, and its scales be repeated."""
 
     method: str
     bits: float
@@ -114,6 +125,7 @@ class Quantization:
     skip_attention: bool = False
     skip_dense: bool = False
     marlin: bool = False
+    halves: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +147,7 @@ class ModelShape:
         confidence: ``high`` (a family whose layers are known), ``medium`` (read by the general rules) or ``low``.
         notes: one line each: what was assumed.
         layers: every layer in order.
+        unbounded: the config has no largest context: max_position is what vLLM takes unless it is told another one.
     """
 
     architecture: str
@@ -164,11 +177,17 @@ class ModelShape:
     position_rows: int = 0
     rotary_elements: int = 0
     vision_parameters: int = 0
+    unbounded: bool = False
     cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def has_kv_cache(self) -> bool:
-        return any(layer.attention and layer.attention.kind != "encoder" for layer in self.layers)
+        return any(mixer.kind != "encoder" for layer in self.layers for mixer in layer.mixers)
+
+    @property
+    def states(self) -> int:
+        """Layers that keep a state for each request."""
+        return sum(any(mixer.kind == "state" for mixer in layer.mixers) for layer in self.layers)
 
     def kv_bytes_per_token(self, tensor_parallel_size: int = 1, element_bytes: int = 2) -> int:
         """Bytes of KV cache for one token of a long context on one GPU, summed over all layers that keep it."""
@@ -208,7 +227,10 @@ class _Reader:
         if value is None:
             if default is None:
                 raise PlanError(
-                    f"config.{name}", None, "a model's config.json has it; is this the config of a language model?"
+                    f"config.{name}",
+                    None,
+                    "is this the config.json of a language model? If its class has a default for it, give the whole file as "
+                    f"`config` of the service, with {name} in it",
                 )
             return default
         if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value):
@@ -263,7 +285,6 @@ def parse_config(
     if not config:
         raise PlanError("config", config, "it is empty; give the content of a model's config.json")
     text, multimodal = _text_config(config)
-    read = _Reader(text)
     notes: list[str] = []
     architectures = config.get("architectures")
     if architectures is not None and (
@@ -276,10 +297,19 @@ def parse_config(
     model_type = str(text.get("model_type") or config.get("model_type") or "")
     if not architecture and not model_type:
         raise PlanError("config.architectures", None, "a model's config.json names its class or its model_type")
+    # What the class of the config fills in, and what it calls by other names.
+    stateful = load("configs")["states"].get(model_type)
+    if text is not config or stateful:
+        text = {**load("configs")["defaults"].get(model_type, {}), **text}
+    if stateful:
+        text = {**text, **{name: text[own] for name, own in stateful.items() if own in text}}
+    read = _Reader(text)
 
     hidden = read.count("hidden_size", "n_embd", "d_model", "dim", high=1 << 20)
     num_layers = read.count("num_hidden_layers", "n_layer", "num_layers", "n_layers", high=2048)
-    heads = read.count("num_attention_heads", "n_head", "num_heads", "n_heads", high=4096)
+    heads = 1
+    if stateful is None:
+        heads = read.count("num_attention_heads", "n_head", "num_heads", "n_heads", high=4096)
     vocab = read.count("vocab_size", "padded_vocab_size", high=1 << 24)
     head_dim = read.count("head_dim", "attention_head_dim", "kv_channels", default=max(1, hidden // heads), high=4096)
     if "head_dim" not in text and "kv_channels" not in text and hidden % heads and not text.get("kv_lora_rank"):
@@ -306,7 +336,7 @@ def parse_config(
     if not architecture:
         notes.append(f"no architectures in the config: taken for a model of type {model_type}")
         confidence = "low"
-    if any(layer.attention and layer.attention.kind == "state" for layer in layers) and confidence != "low":
+    if any(mixer.kind == "state" for layer in layers for mixer in layer.mixers) and confidence != "low":
         notes.append("layers with a state instead of a KV cache are estimated")
         confidence = "medium"
 
@@ -320,7 +350,7 @@ def parse_config(
         read.count("max_position_embeddings", default=0, low=0) if encoder or model_type in ("gpt2", "opt") else 0
     )
     # One table of cosines and sines for all layers, at the length of the config.
-    rotary = 0 if position_rows else int(_rotary_positions(read, text) * head_dim * _partial(text))
+    rotary = 0 if position_rows or stateful else int(_rotary_positions(read, text) * head_dim * _partial(text))
     if text.get("kv_lora_rank"):
         rotary = _rotary_positions(read, text) * 2 * int(text.get("qk_rope_head_dim") or 64)
     widest = max((layer.attention for layer in layers if layer.attention), key=lambda a: a.heads, default=None)
@@ -365,6 +395,7 @@ def parse_config(
         position_rows=position_rows,
         rotary_elements=rotary,
         vision_parameters=vision,
+        unbounded=stateful is not None and not _limits(read),
     )
     parameters = sum(rows * cols for _, rows, cols, _ in matrices(shape, 1, 1, range(num_layers), True, True))
     return replace(shape, parameters=parameters + vision, cache={})
@@ -415,20 +446,23 @@ def _rotary_positions(read: _Reader, text: Config) -> int:
     return positions
 
 
+def _limits(read: _Reader) -> list[int]:
+    """The largest contexts that a config names."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
+    return [read.count(name, high=1 << 30) for name in names if read.config.get(name) is not None]
+
+
 def _max_position(read: _Reader, text: Config, model_type: str) -> int:
     if text.get("sentence_max_seq_length") is not None:  # added by the module model_info
         return read.count("sentence_max_seq_length", high=1 << 30)
-    limits = [
-        read.count(name, high=1 << 30)
-        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
-        if text.get(name) is not None
-    ]
-    limit = min(limits) if limits else 2048
+    limit = min(_limits(read), default=2048)
     if model_type in OFFSET_POSITIONS:
         return max(1, limit - 2)
     rope = _rope(text)
     kind = str(rope.get("rope_type", rope.get("type", "default")))
     factor = rope.get("factor")
+    if model_type.startswith("gemma3"):  # its max_position_embeddings are stretched ones
+        return limit
     if isinstance(factor, (int, float)) and factor > 0 and kind not in ("default", "su", "longrope", "llama3", "mrope"):
         original = rope.get("original_max_position_embeddings")
         if kind in ("yarn", "deepseek_yarn") and isinstance(original, (int, float)):
@@ -438,8 +472,12 @@ def _max_position(read: _Reader, text: Config, model_type: str) -> int:
 
 
 def _kinds(read: _Reader, model_type: str, num_layers: int, notes: list[str]) -> list[str]:
-    """Kind of each layer's attention."""
+    """Kind of each layer's attention; ``both``: attention and a state beside it."""
     text = read.config
+    if model_type in load("configs")["states"]:
+        return ["state"] * num_layers
+    if model_type in load("configs")["attention_beside_state"]:
+        return ["both"] * num_layers
     if model_type in ENCODERS:
         return ["encoder"] * num_layers
     if text.get("kv_lora_rank"):
@@ -539,7 +577,7 @@ def _layers(
                 q_rank=read.count("q_lora_rank", default=0, low=0),
             )
         elif kind == "state":
-            made = _state_attention(read, hidden)
+            made = replace(_state_attention(read, hidden), state_bytes=_state_bytes(read, model_type))
         else:
             made = Attention(kind, heads, kv_heads, head_dim, head_dim, bias=bias)
             if kind in ("sliding", "chunked"):
@@ -566,8 +604,23 @@ def _layers(
         mlp: Mlp | None = sparse if sparse and is_sparse[index] else dense
         if isinstance(pattern, str) and len(pattern) >= num_layers:
             mlp = dense if pattern[index] == "-" else (sparse if pattern[index] == "E" else None)
-        layers.append(cache.setdefault((kind, mlp), Layer(attention(kind), mlp)))
+        if model_type in load("configs")["states"]:
+            mlp = None
+        both = kind == "both"
+        made = Layer(attention("full" if both else kind), mlp, attention("state") if both else None)
+        layers.append(cache.setdefault((kind, mlp), made))
     return tuple(layers)
+
+
+def _state_bytes(read: _Reader, model_type: str) -> int:
+    """Bytes of an element of the recurrent part of a state; 0: as the model's others."""
+    row = load("configs")["state_dtype"].get(model_type, {})
+    dtype = read.config.get(row.get("field")) or row.get("default")
+    if dtype in (None, "auto"):
+        return 0
+    if dtype not in DTYPE_BYTES:
+        raise PlanError(f"config.{row['field']}", dtype, f"one of {', '.join(sorted(DTYPE_BYTES))} is needed")
+    return DTYPE_BYTES[dtype]
 
 
 def _state_attention(read: _Reader, hidden: int) -> Attention:
@@ -697,7 +750,11 @@ def _quantization(config: Config, text: Config, wanted: str | None, notes: list[
             raise PlanError("config.quantization_config.bits", bits, "2, 3, 4 or 8 are known")
         group = read.count("group_size", "q_group_size", default=128, low=-1)
         zero = method.startswith("awq") or not read.flag("sym", default=True)
-        return Quantization(method, bits, max(group, 0), 16, bits if zero else 0, skip_attention=skip, marlin=True)
+        plain_method = method in ("gptq", "gptq_marlin", "awq", "awq_marlin")
+        return Quantization(
+            method, bits, max(group, 0), 16, bits if zero else 0, skip_attention=skip, marlin=True,
+            halves=plain_method and bits in (4, 8) and not read.flag("desc_act"),
+        )  # fmt: skip
     if method == "fp8" or method == "fbgemm_fp8":
         block = raw.get("weight_block_size")
         if block is not None and not (
@@ -783,8 +840,8 @@ def matrices(
         yield "lm_head", vocab, hidden, "plain"
     for index in indices:
         layer = shape.layers[index]
-        if layer.attention:
-            yield from _attention_matrices(layer.attention, hidden, tp)
+        for mixer in layer.mixers:
+            yield from _attention_matrices(mixer, hidden, tp)
         if layer.mlp:
             yield from _mlp_matrices(layer.mlp, hidden, tp, expert_split)
         yield "norms", 2, hidden, "plain"
@@ -852,9 +909,10 @@ def tp_problems(
 ) -> list[str]:
     """Reasons why ``tp`` is not possible, such as ``TP 3 is not possible: 40 attention heads``. Empty when it is.
 
-    The rules are the same in every engine version of the catalog; blocks and groups of weights that are quantized
+    The other rules are the same in every engine version of the catalog; blocks and groups of weights that are quantized
     while they are loaded (``quantization``) follow from the shape. With ``expert_parallel`` whole experts are dealt
-    over ``tp * data_parallel_size`` GPUs instead of being sliced.
+    over ``tp * data_parallel_size`` GPUs instead of being sliced. An ``engine_version`` of None stands for a new one,
+    which cuts experts inside a quantization group.
 
     Raises:
         PlanError: ``tp`` is not a whole number above 0.
@@ -862,23 +920,42 @@ def tp_problems(
     _positive("tensor_parallel_size", tp)
     if tp == 1 and not expert_parallel:
         return []
-    key = ("tp", tp, expert_parallel, data_parallel_size)
+    halves = _halves(engine_version)
+    key = ("tp", tp, expert_parallel, data_parallel_size, halves)
     if key not in shape.cache:
-        why = dict.fromkeys(_split_problems(shape, tp, expert_parallel, data_parallel_size))
+        why = dict.fromkeys(_split_problems(shape, tp, expert_parallel, data_parallel_size, halves))
         shape.cache[key] = [f"TP {tp} is not possible: {reason}" for reason in why]
     return list(shape.cache[key])
 
 
-def _split_problems(shape: ModelShape, tp: int, expert_parallel: bool, dp: int) -> Iterator[str]:
+def _halves(version: str | None) -> bool:
+    if version is None:
+        return True
+    from .engine import at_least  # not at the top: see pp_problems
+
+    return at_least(version, load("configs")["halved_groups"]["first"])
+
+
+def expert_group(quant: Quantization, hidden: int, part: int) -> int:
+    """Inputs that share a scale in experts of which each GPU holds ``part`` columns: the group, halved until it divides
+    both; 0 where none that the kernels take does.
+    """
+    group, least = quant.group, load("configs")["halved_groups"]["least"]
+    while quant.halves and group >= least and (part % group or hidden % group):
+        group //= 2
+    return group if group >= least and not (part % group or hidden % group) else 0
+
+
+def _split_problems(shape: ModelShape, tp: int, expert_parallel: bool, dp: int, halves: bool) -> Iterator[str]:
     if padded_vocab(shape.vocab_size) % tp:
         yield f"vocabulary of {shape.vocab_size}, padded to {padded_vocab(shape.vocab_size)}"
     for layer in dict.fromkeys(shape.layers):
-        a, m = layer.attention, layer.mlp
-        if a and a.kind == "state":
-            if (a.state_heads or a.projection) % tp:
-                yield f"{a.state_heads} heads of the layers with a state"
-        elif a:
-            if a.heads % tp:
+        m = layer.mlp
+        for a in layer.mixers:
+            if a.kind == "state":
+                if (a.state_heads or a.state[1]) % tp:
+                    yield f"{a.state_heads or a.state[1]} heads of the layers with a state"
+            elif a.heads % tp:
                 yield f"{a.heads} attention heads"
             elif a.kind != "mla" and (a.kv_heads % tp if a.kv_heads >= tp else tp % a.kv_heads):
                 yield f"{a.kv_heads} KV heads can neither be divided nor repeated"
@@ -891,7 +968,11 @@ def _split_problems(shape: ModelShape, tp: int, expert_parallel: bool, dp: int) 
                 if m.experts % (tp * dp):
                     yield f"{m.experts} experts cannot be dealt evenly over {tp * dp} GPUs"
             else:
-                yield from _slice_problems(shape, "expert intermediate size", m.expert_size, tp, shape.quant, True)
+                quant = (
+                    shape.quant if halves and shape.quant and shape.quant.halves and m.expert_size % tp == 0 else None
+                )
+                if not (quant and expert_group(quant, shape.hidden_size, m.expert_size // tp)):
+                    yield from _slice_problems(shape, "expert intermediate size", m.expert_size, tp, shape.quant, True)
             if m.shared_size:
                 yield from _slice_problems(shape, "shared expert intermediate size", m.shared_size, tp, shape.quant)
 

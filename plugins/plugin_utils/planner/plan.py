@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from .cpu import place_on_cpu
-from .hardware import parse_hosts
-from .layout import Layout, Needs, Task
+from .hardware import Host, parse_hosts
+from .layout import Layout, Needs, Shape, Task
 from .refusal import refuse
 from .service import STRETCH, Service, beyond_the_model, parse_services
 from .settle import explain, name_of, settle
@@ -33,15 +34,10 @@ def make_plan(services: object, hosts: object) -> dict[str, Any]:
     """
     asked, there = parse_services(services), parse_hosts(hosts)
     ports = _ports(asked)
-    needs = Needs()
-    layout, on_cpu = _place(ports, Layout(asked, there, needs))
-    if any(not layout_task.instances or _is_last_resort(layout_task) for layout_task in layout.tasks):
-        other = _place(ports, Layout(asked, there, needs, lean=True))
-        if _badness(other[0]) < _badness(layout):
-            layout, on_cpu = other
+    layout, on_cpu = _place_best(ports, asked, there, Needs())
     for task in layout.tasks:
         if not task.instances and task.order not in on_cpu and layout.device(task.service) == "cuda":
-            task.problems += refuse(task, layout)
+            task.problems += refuse(task, layout, partial(_would_hold, layout, ports))
         _check(task)
     layout.grow()
     servers = _settle_all(layout, ports)
@@ -54,6 +50,31 @@ def make_plan(services: object, hosts: object) -> dict[str, Any]:
         rows.append(_row(task, layout, settled))
     problems = [f"{row['name']}: {problem}" for row in rows for problem in row["problems"]]
     return {"fits": not problems, "problems": problems, "services": rows, "gpus": _gpu_rows(layout, rows)}
+
+
+def _place_best(
+    ports: Mapping[str, int], asked: Sequence[Service], there: Sequence[Host], needs: Needs
+) -> tuple[Layout, dict[int, list[dict[str, Any]]]]:
+    """Places all services, with small batches where that leaves fewer without a place."""
+    layout, on_cpu = _place(ports, Layout(asked, there, needs))
+    if any(not task.instances or _is_last_resort(task) for task in layout.tasks):
+        other = _place(ports, Layout(asked, there, needs, lean=True))
+        if _badness(other[0]) < _badness(layout):
+            return other
+    return layout, on_cpu
+
+
+def _would_hold(layout: Layout, ports: Mapping[str, int], other: Service) -> Shape | None:
+    """The layout of a service that found no place once ``other`` is asked for in its stead; None when that has none, too,
+    or takes the place of another service. Those that found no place, either, take none.
+    """
+    asked = [task.service for task in layout.tasks if task.instances]
+    trial, _ = _place_best(ports, [*asked, other], layout.hosts, layout.needs)
+    task = trial.tasks[-1]
+    if not all(task.instances for task in trial.tasks):
+        return None
+    _check_sharing(task, trial)
+    return None if task.problems else task.instances[0].need.shape
 
 
 def _place(ports: Mapping[str, int], layout: Layout) -> tuple[Layout, dict[int, list[dict[str, Any]]]]:

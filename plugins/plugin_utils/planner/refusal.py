@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from . import engine as engines
 from .engine import Engine
-from .hardware import Gpu, Host
+from .hardware import Host
 from .layout import (
     MIB,
     Layout,
@@ -36,7 +37,11 @@ from .service import Service, beyond_the_model
 SHORT_CONTEXT = 2048
 
 
-def refuse(task: Task, layout: Layout) -> list[str]:
+# The layout that the plan has for a service with other settings beside all others; None when it or others find no place.
+Holds = Callable[[Service], Shape | None]
+
+
+def refuse(task: Task, layout: Layout, holds: Holds) -> list[str]:
     """Why a service found no place, with the arithmetic, and the nearest thing that could run."""
     service = task.service
     hosts = layout.allowed(service)
@@ -77,7 +82,7 @@ def refuse(task: Task, layout: Layout) -> list[str]:
         ]
     if service.hosts is not None and (problem := _uneven(service, team)):
         return [problem]
-    return _too_little(service, team, engine, total)
+    return _too_little(service, team, engine, total, holds)
 
 
 def _team(task: Task, layout: Layout) -> Team | None:
@@ -133,7 +138,7 @@ def _uneven(service: Service, team: Team) -> str | None:
     return f"{text}. Set pipeline_parallel_size {possible}, or name other hosts"
 
 
-def _too_little(service: Service, team: Team, engine: Engine, total: int) -> list[str]:
+def _too_little(service: Service, team: Team, engine: Engine, total: int, holds: Holds) -> list[str]:
     """The arithmetic of the layout that comes nearest, and what would help."""
     gpu, count, link = team.gpu, team.count, team.link
     group = [place for part in team.groups for place in part]
@@ -180,7 +185,10 @@ def _too_little(service: Service, team: Team, engine: Engine, total: int) -> lis
         if not place.idle
     ]
     problem = f"does not fit on {gpu.name} with {words(shape)}: {reason}" + (f" ({'; '.join(taken)})" if taken else "")
-    return [problem, *_ways_out(service, gpu, engine, length, count, link)]
+    ways = _ways_out(service, team, engine, length, holds)
+    if not ways and memory.weights_gib:  # else it is not memory that is missing
+        ways = ["not even 32 such GPUs hold it: take GPUs with more memory, or a smaller model"]
+    return [problem, *ways]
 
 
 def words(shape: Shape) -> str:
@@ -189,11 +197,43 @@ def words(shape: Shape) -> str:
     return text + (f" x DP {shape.dp} with experts spread" if shape.dp > 1 else "")
 
 
-def _ways_out(service: Service, gpu: Gpu, engine: Engine, length: int, count: int, link: str) -> list[str]:
-    """The nearest things that fit, each found with the same arithmetic on GPUs that nobody else uses."""
+# Settings without which a service may fit, those that are missed least first.
+LOOSE = {
+    "max_num_batched_tokens": "max_num_batched_tokens",
+    "max_num_seqs": "max_num_seqs",
+    "utilization": "gpu_memory_utilization",
+    "enforce_eager": "enforce_eager",
+    "tp": "tensor_parallel_size",
+    "pp": "pipeline_parallel_size",
+    "dp": "data_parallel_size",
+    "gpu_count": "gpus",
+    "gpu_indices": "gpus",
+}
 
-    def find(other: Service, tokens: int, gpus: int = count, hosts: int = 1, graphs: bool = False) -> Need | None:
-        """The first layout of up to ``gpus`` GPUs a host that holds it."""
+
+def _without(service: Service, keys: Sequence[str]) -> Service:
+    """The service with these settings left to the plan; CUDA graphs that were asked for are given up."""
+    changes = dict.fromkeys(keys)
+    return replace(service, **{**changes, **({"enforce_eager": True} if "enforce_eager" in changes else {})})  # type: ignore[arg-type]
+
+
+def _way(fits: str, keys: Sequence[str], shape: Shape) -> str:
+    """One piece of advice: what has to be left out for it is named."""
+    left_out = [LOOSE[key] for key in keys if key != "enforce_eager"]
+    parts = [f"{' and '.join(left_out)} left out"] if left_out else []
+    parts += ["enforce_eager true"] if "enforce_eager" in keys else []
+    return f"{fits} ({words(shape)})" + (f" with {' and '.join(parts)}" if parts else "")
+
+
+def _ways_out(service: Service, team: Team, engine: Engine, length: int, holds: Holds) -> list[str]:
+    """The nearest things that fit: settings as the plan would hold them beside all other services, then other GPUs."""
+
+    gpu, count, link = team.gpu, team.count, team.link
+
+    def find(
+        other: Service, tokens: int, gpus: int = count, hosts: int = len(team.groups), graphs: bool = False
+    ) -> Need | None:
+        """The first layout of up to ``gpus`` GPUs a host, which nobody else uses, that holds it."""
         needs = Needs()
         eager = [other.enforce_eager] if other.enforce_eager is not None else [False] if graphs else [False, True]
         for choice in eager:
@@ -202,34 +242,61 @@ def _ways_out(service: Service, gpu: Gpu, engine: Engine, length: int, count: in
                     return need
         return None
 
+    def least(keys: Sequence[str], other: Service) -> tuple[Sequence[str], Shape] | None:
+        """The fewest of these settings that have to go, and the layout that it has then."""
+        found = holds(_without(other, keys))
+        for key in reversed(keys) if found else ():
+            fewer = [name for name in keys if name != key]
+            if shape := holds(_without(other, fewer)):
+                keys, found = fewer, shape
+        return (keys, found) if found else None
+
+    def holding(keys: Sequence[str], tokens: int) -> Shape | None:
+        return holds(replace(_without(service, keys), max_model_len=tokens))
+
+    asked = [key for key in LOOSE if getattr(service, key) not in (None, True)]
+    free = _without(service, asked)
     ways = []
-    loose = replace(service, utilization=None, max_num_seqs=None, max_num_batched_tokens=None, enforce_eager=None)
-    free = replace(loose, tp=None, pp=None, dp=None, gpu_count=None, gpu_indices=None)
-    if need := find(loose, length):
-        ways.append(
-            f"with gpu_memory_utilization {need.utilization:g}, max_num_seqs {need.seqs} and enforce_eager "
-            f"{str(need.eager).lower()} it fits ({words(need.shape)})"
-        )
-    elif need := find(free, length):
-        ways.append(f"{words(need.shape)} fits on GPUs like these, with all of {need.shape.world} to itself")
-    shorter = [tokens for tokens in usual_lengths(service) if tokens < length]
-    if shorter and (find(service, shorter[-1]) or find(free, shorter[-1])):
-        for tokens in shorter:
-            if need := find(service, tokens):
-                ways.append(f"max_model_len {tokens} fits ({words(need.shape)})")
-                break
-            if need := find(free, tokens):
-                layout = words(need.shape)
-                ways.append(f"max_model_len {tokens} fits with gpu_memory_utilization {need.utilization:g} ({layout})")
+    alone = find(free, length)
+    fitting = least(asked, service) if asked and alone else None
+    if fitting:
+        ways.append(_way("it fits", *fitting))
+    shorter = [tokens for tokens in usual_lengths(service) if tokens < length] if service.max_model_len else []
+    if shorter and (alone or find(free, shorter[-1])):
+        for keys in [[]] if fitting or not asked else [[], asked]:
+            longest = _longest(shorter, partial(holding, keys))
+            if longest and (found := least(keys, replace(service, max_model_len=longest))):
+                ways.append(_way(f"max_model_len {longest} fits", *found))
                 break
     if service.shape.quantization is None:
         for method, label, share in (("fp8", "8 bits (FP8)", 0.5), ("awq", "4 bits (AWQ, GPTQ)", 0.28)):
             weights = service.shape.parameters * 2 / 1024**3 * share
-            smaller = replace(free, shape=replace(service.shape, weights_gib=weights, cache={}))
-            if not engines.quantization_problem(method, gpu.capability) and find(smaller, length):
-                ways.append(f"weights of {label} fit on these GPUs")
+            smaller = replace(service, shape=replace(service.shape, weights_gib=weights, cache={}))
+            if engines.quantization_problem(method, gpu.capability) or not find(_without(smaller, asked), length):
+                continue
+            if found := least(asked, smaller):
+                ways.append(_way(f"weights of {label} fit on these GPUs", *found))
                 break
+    if alone and not ways:
+        own = find(service, length)
+        ways.append(_way("on such GPUs of its own it fits", [] if own else asked, (own or alone).shape))
     need = find(free, length, max(count, 8), 4, graphs=True)
-    if need and need.shape.world > count:
-        ways.append(f"{need.shape.world} such GPUs hold it ({words(need.shape)})")
-    return ways or ["not even 32 such GPUs hold it: take GPUs with more memory, or a smaller model"]
+    if need and need.shape.world > len(team.groups) * count:
+        keys = asked
+        for key in reversed(asked):
+            fewer = [name for name in keys if name != key]
+            other = find(_without(service, fewer), length, max(count, 8), 4, graphs=True)
+            keys = fewer if other and other.shape == need.shape else keys
+        ways.append(_way(f"{need.shape.world} such GPUs hold it", keys, need.shape))
+    return ways
+
+
+def _longest(lengths: Sequence[int], fits: Callable[[int], Shape | None]) -> int | None:
+    """The longest of these contexts, from the longest on, that fits: what holds one holds a shorter one."""
+    if not fits(lengths[-1]):
+        return None
+    low, high = -1, len(lengths) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(lengths[middle]) else (middle, high)
+    return lengths[high]

@@ -278,7 +278,7 @@ def parse_service(raw: object, number: int) -> Service:
     if port is not None and whole(port, f"{field}.port", 1) > 65535:
         raise PlanError(f"{field}.port", port, "give a port from 1 to 65535")
     length = _positive(item, "max_model_len", field)
-    if length and STRETCH in env and shape.max_position:
+    if length and shape.max_position and (STRETCH in env or shape.unbounded):
         shape = replace(shape, max_position=max(length, shape.max_position))
     return Service(
         name=name,

@@ -410,6 +410,39 @@ def test_the_order_of_hosts_does_not_matter() -> None:
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
+def test_advice_names_every_setting_that_has_to_go() -> None:
+    row = one(
+        "4x A10", model="deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", max_num_batched_tokens=65536, max_model_len=32768
+    )
+    assert "it fits (TP 4) with max_num_batched_tokens left out" in row["problems"]
+    row = one("1x A10", max_model_len=32768, max_num_seqs=256, gpu_memory_utilization=0.7)
+    assert "it fits (TP 1) with gpu_memory_utilization left out" in row["problems"]
+    assert not any("max_num_seqs" in problem for problem in row["problems"])
+
+
+def test_advice_counts_on_what_other_services_leave() -> None:
+    half = {"model": "Qwen/Qwen2.5-14B", "gpu_memory_utilization": 0.5, "max_model_len": 8192}
+    refused = plan("1x A100-80GB", half, half)["services"][1]["problems"]
+    assert "it fits (TP 1) with gpu_memory_utilization left out" in refused
+    assert plan("1x A100-80GB", half, {"model": "Qwen/Qwen2.5-14B", "max_model_len": 8192})["fits"]
+    # Nothing helps beside the first one.
+    refused = plan("1x A10", {"model": MIDDLE}, {"model": MIDDLE})["services"][1]["problems"]
+    assert refused[1:] == ["on such GPUs of its own it fits (TP 1)"]
+
+
+def test_advice_for_a_service_over_several_hosts() -> None:
+    spread = {"hosts": ["host1", "host2", "host3"], "tensor_parallel_size": 2, "pipeline_parallel_size": 3}
+    tight = {"max_num_batched_tokens": 131072, "gpu_memory_utilization": 0.8, "max_model_len": 8192}
+    row = one("3x(2x V100-PCIE-16GB no-p2p)", model="Qwen/Qwen2.5-14B", **spread, **tight)
+    # Not "3 such GPUs hold it": there are six.
+    assert row["problems"][1:] == ["it fits (TP 2 x PP 3) with max_num_batched_tokens left out"]
+
+
+def test_more_memory_is_no_advice_where_it_is_not_missing() -> None:
+    (problem,) = one("2x RTX-2080-Ti-22GB", dtype="bfloat16")["problems"]
+    assert problem.endswith("bfloat16 needs compute capability 8.0, this GPU has 7.5: use float16")
+
+
 def test_a_refusal_has_the_arithmetic_and_ways_out() -> None:
     row = one("1x A10", model=LARGE, max_model_len=8192)
     assert not row["fits"] and row["hosts"] == [] and row["args"] == []

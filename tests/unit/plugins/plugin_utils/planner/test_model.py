@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.errors import PlanError
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.model import (
     ModelShape,
+    expert_group,
     padded_vocab,
     parse_config,
     pp_layers,
@@ -144,6 +145,99 @@ def test_quantization_groups_must_not_straddle_the_cut() -> None:
     assert tp_sizes(CONFIGS["llama-2-7b"], 8) == [1, 2, 4, 8]
     assert tp_sizes(odd, 8) == [1, 2]  # 11008 / 4 = 2752 = 21.5 groups of 128
     assert "groups of 128 leaves 2752" in tp_problems(parse_config(odd), 4)[0]
+
+
+def qwen3_moe(raw: dict[str, Any]) -> dict[str, Any]:
+    """Qwen3-30B-A3B."""
+    return config(
+        "qwen3_moe", "Qwen3MoeForCausalLM", num_hidden_layers=48, hidden_size=2048, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, intermediate_size=6144, moe_intermediate_size=768, num_experts=128,
+        num_experts_per_tok=8, vocab_size=151936, tie_word_embeddings=False, max_position_embeddings=40960,
+        quantization_config=raw,
+    )  # fmt: skip
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+
+
+def test_groups_of_experts_are_halved_where_the_release_can() -> None:
+    shape = parse_config(qwen3_moe(GPTQ))
+    assert tp_sizes(qwen3_moe(GPTQ), 8) == [1, 2, 4, 8]  # 768 / 4 = 192 = 3 groups of 64, 768 / 8 = 96 = 3 of 32
+    assert tp_sizes(qwen3_moe({"quant_method": "awq", "bits": 4, "group_size": 128}), 8) == [1, 2, 4, 8]
+    for version in ("0.13.0", "0.25.1"):
+        assert not tp_problems(shape, 4, engine_version=version)
+    assert "groups of 128 leaves 192" in tp_problems(shape, 4, engine_version="0.12.0")[0]
+    assert expert_group(shape.quant, 2048, 192) == 64  # type: ignore[arg-type]
+    assert expert_group(shape.quant, 2048, 48) == 0  # type: ignore[arg-type]
+    assert "leaves 48" in tp_problems(shape, 16)[0] + tp_problems(shape, 16)[-1]
+
+
+def test_other_groups_of_experts_are_not_halved() -> None:
+    packed = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"weights": {"num_bits": 4, "strategy": "group", "group_size": 128}}},
+    }
+    for raw in ({**GPTQ, "desc_act": True}, packed):
+        assert tp_sizes(qwen3_moe(raw), 8) == [1, 2]
+
+
+# Real files of config.json, which leave out what equals the default of their classes.
+GEMMA3 = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "model_type": "gemma3",
+    "torch_dtype": "bfloat16",
+    "vision_config": {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+    },
+}
+ROPE8 = {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024, "model_type": "gemma3_text"}
+GEMMA3_4B = {
+    **GEMMA3,
+    "text_config": {**ROPE8, "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34},
+}
+GEMMA3_27B = {
+    **GEMMA3,
+    "text_config": {
+        **ROPE8, "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504, "num_attention_heads": 32,
+        "num_hidden_layers": 62, "num_key_value_heads": 16,
+    },
+}  # fmt: skip
+LLAVA = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "model_type": "llava",
+    "text_config": {
+        "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 4096, "model_type": "llama",
+        "torch_dtype": "float16", "vocab_size": 32064,
+    },
+    "vision_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("raw", "billions", "heads", "context"),
+    [
+        (GEMMA3_4B, 4.30, (8, 4, 256), 131072),
+        (GEMMA3_27B, 27.4, (32, 16, 128), 131072),
+        (LLAVA, 7.06, (32, 32, 128), 4096),
+    ],
+)
+def test_what_a_config_leaves_out_is_what_its_class_says(
+    raw: dict[str, Any], billions: float, heads: tuple[int, int, int], context: int
+) -> None:
+    shape = parse_config(raw)
+    assert shape.parameters / 1e9 == pytest.approx(billions, rel=0.01)
+    assert (shape.heads, shape.kv_heads, shape.head_dim) == heads
+    assert shape.max_position == context
+
+
+def test_a_field_that_nobody_knows_is_asked_for_where_it_can_be_given() -> None:
+    with pytest.raises(
+        PlanError, match="give the whole file as `config` of the service, with num_attention_heads in it"
+    ):
+        parse_config(config("other", "OtherForCausalLM", hidden_size=4096, num_hidden_layers=32, vocab_size=32000))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from hypothesis import HealthCheck, assume, given, settings
@@ -147,6 +148,66 @@ def test_fewer_tokens_fit_where_more_do(service: dict[str, Any], hosts: list[dic
     length = max(1, long["max_model_len"] // part)
     short = make_plan([{**service, "max_model_len": length}], hosts)["services"][0]
     assert short["fits"], short["problems"]
+
+
+ADVICE = re.compile(r"(?:max_model_len (\d+) fits|it fits) \(TP [^)]*\)(?: with (.+))?")
+
+
+# Services of which most ask for too much in one way or another, but could have less.
+tight = st.fixed_dictionaries(
+    {
+        "model": st.sampled_from(
+            ["Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-14B", "stepfun-ai/Step-3.5-Flash-FP8", "Qwen/Qwen2.5-32B"]
+        )
+    },
+    optional={
+        "max_model_len": st.sampled_from([2048, 16384, 32768]),
+        "gpu_memory_utilization": st.floats(0.2, 0.95),
+        "max_num_batched_tokens": st.sampled_from([2048, 16384, 65536]),
+        "max_num_seqs": st.sampled_from([16, 256, 1024]),
+        "enforce_eager": st.booleans(),
+        "tensor_parallel_size": st.sampled_from([1, 2, 4]),
+        "gpus": st.integers(1, 4),
+    },
+)
+
+
+def followed(service: dict[str, Any], problem: str) -> dict[str, Any] | None:
+    """A service that does what a problem advises, or None where that is no advice about settings."""
+    found = ADVICE.fullmatch(problem)
+    if not found:
+        return None
+    length, changes = found.groups()
+    left_out, named, rest = (changes or "").partition(" left out")
+    other = {key: value for key, value in service.items() if not named or key not in left_out.split(" and ")}
+    if "enforce_eager true" in (rest if named else left_out):
+        other["enforce_eager"] = True
+    return {**other, **({"max_model_len": int(length)} if length else {})}
+
+
+def test_advice_that_is_followed_to_the_letter_is_not_refused() -> None:
+    advice = []
+
+    @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(
+        st.lists(tight, min_size=1, max_size=2), st.sampled_from([1, 2, 4]), st.sampled_from(["A10", "L40S", "H100"])
+    )
+    def follow(wanted: list[dict[str, Any]], count: int, gpu: str) -> None:
+        services = [{**service, "name": f"s{number}"} for number, service in enumerate(wanted)]
+        hosts = hosts_from_text(f"1x({count}x {gpu})")
+        rows = make_plan(services, hosts)["services"]
+        for number, row in enumerate(rows):
+            for problem in [] if row["instances"] else row["problems"]:
+                if other := followed(services[number], problem):
+                    advice.append(problem)
+                    again = make_plan([*services[:number], other, *services[number + 1 :]], hosts)["services"]
+                    placed = [bool(service["instances"]) for service in again]
+                    assert placed[number], (problem, again[number]["problems"])
+                    assert sum(placed) > sum(bool(row["instances"]) for row in rows), (problem, rows)
+                    assert not any("does not fit" in text for text in again[number]["problems"])
+
+    follow()
+    assert len(advice) > 30
 
 
 @steady

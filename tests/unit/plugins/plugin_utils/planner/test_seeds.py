@@ -258,6 +258,32 @@ class TestA10:
         for gpu in result["gpus"]:
             assert gpu["free_gib"] > 0.1, "a planned utilization leaves a little of each GPU untouched"
 
+    def test_the_driver_and_the_release_of_the_source_as_the_readme_says(self) -> None:
+        folder = INVENTORIES / "deepseek-r1-distill-4xa10"
+        services = yaml.safe_load((folder / "group_vars" / "all.yml").read_text())["vllm_services"]
+        hosts = [{**hosts_from_text("4x A10")[0], "name": "a10", "driver_version": "550.144.03"}]
+
+        def fits(*pinned: str, version: str = "0.7.2", length: int = 32768) -> list[bool]:
+            asked = [
+                {
+                    **service,
+                    **({"engine_version": version} if service["name"] in pinned else {}),
+                    **({"max_model_len": length} if service["name"] == "chat" else {}),
+                }
+                for service in services
+            ]
+            return [row["fits"] for row in make_plan(asked, hosts)["services"]]
+
+        images = {row["image"] for row in make_plan(services, hosts)["services"]}
+        assert images == {"vllm/vllm-openai:v0.25.1-cu129"}
+        every = ("chat", "embed", "rerank")
+        assert fits("chat") == fits(*every) == [True, False, False]
+        assert fits("chat", length=24576) == fits(*every, length=24576) == [True, True, True]
+        assert fits(*every, version="0.8.5.post1") == [False, False, False]
+        readme = (folder / "README.md").read_text()
+        assert "the `-cu129` image of 0.25.1 for all three" in readme
+        assert "With `max_model_len: 24576` for chat all three fit" in readme
+
     def test_the_release_of_the_source_and_its_flags(self) -> None:
         row = one("4x A10", **{**self.CHAT, "engine_version": "0.7.2"})
         assert row["fits"], row["problems"]
