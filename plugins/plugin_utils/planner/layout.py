@@ -243,7 +243,7 @@ def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engi
     # No release helps against a GPU that cannot run the weights.
     if problem := engines.quantization_problem(service.quantization or service.shape.quantization, gpu.capability):
         return None, "", [problem], []
-    dividing = [each for each in able if not _undividable(service, each[0])] or able
+    dividing = [each for each in able if not _undividable(service, each[0], gpu)] or able
     engine, suffix, remarks = next(
         (
             (engine, suffix, remarks)
@@ -253,14 +253,16 @@ def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engi
         dividing[0],
     )
     if dividing[0] is not able[0]:
-        remarks = [*remarks, f"not vLLM {able[0][0].version}: {_undividable(service, able[0][0])}"]
+        remarks = [*remarks, f"not vLLM {able[0][0].version}: {_undividable(service, able[0][0], gpu)}"]
     if engine is not dividing[0][0]:
         remarks = [f"vLLM {engine.version}: the newest that driver {driver} supports in full; a newer one allows more"]
     return engine, suffix, [], remarks
 
 
-def _undividable(service: Service, engine: Engine) -> str | None:
+def _undividable(service: Service, engine: Engine, gpu: Gpu) -> str | None:
     """Why a release cannot divide the model as the user wants, or None."""
+    if problem := replica_problem(service, engine, gpu):
+        return problem
     several = service.hosts is not None and len(service.hosts) > 1
     if several and (problem := spanning_problem(engine, service.executor)):
         return problem
@@ -393,7 +395,32 @@ def valid_tp(service: Service, engine: Engine, expert_parallel: bool = False) ->
     return sizes
 
 
-def valid_shapes(service: Service, engine: Engine, host_gpus: int, hosts: int, link: str) -> list[Shape]:
+def runs_replicas(engine: Engine, gpu: Gpu) -> bool:
+    """One server of this release runs several engines on this GPU: only the V1 core starts the others."""
+    return engine.core(gpu.capability) == "V1" and engines.has_flag(engine.version, "--data-parallel-size")
+
+
+def replica_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:
+    """Why a release cannot run the replicas that the user asks for, by their number or by one of GPUs, or None."""
+    gpus = service.gpu_count or len(service.gpu_indices or ())
+    divided = (service.tp or 0) * (service.pp or 1)
+    if service.dp:
+        number, asked = service.dp, f"data_parallel_size {service.dp}"
+    elif gpus and divided and gpus % divided == 0:
+        number, asked = gpus // divided, f"gpus {gpus} with TP {service.tp} x PP {service.pp or 1}"
+    else:
+        return None
+    if number == 1 or runs_replicas(engine, gpu):
+        return None
+    row = load("flags")["flags"]["--data-parallel-size"]
+    return (
+        f"{asked} needs the V1 core of vLLM {row['first']} or newer, which alone starts the other replicas; vLLM "
+        f"{engine.version} has its {engine.core(gpu.capability)} core on compute capability "
+        f"{engines.show(gpu.capability)}: make {number} services of one replica each, on ports of their own"
+    )
+
+
+def valid_shapes(service: Service, engine: Engine, gpu: Gpu, host_gpus: int, hosts: int, link: str) -> list[Shape]:
     """What could be tried for one instance on hosts of ``host_gpus`` equal GPUs with this link, the wanted ones first.
 
     Fewest GPUs first. Over NVLink, TP comes before spreading experts and that before PP; over slower links PP is worth
@@ -414,8 +441,7 @@ def valid_shapes(service: Service, engine: Engine, host_gpus: int, hosts: int, l
             if not pp_problems(service.shape, pp, engine_version=engine.version):
                 shapes.append(Shape(tp, pp))
     if service.shape.experts and service.pp in (None, 1) and service.expert_parallel is not False:
-        flags = ("--enable-expert-parallel", "--data-parallel-size")
-        if all(engines.has_flag(engine.version, flag) for flag in flags):
+        if runs_replicas(engine, gpu) and engines.has_flag(engine.version, "--enable-expert-parallel"):
             shapes += [
                 Shape(tp, 1, dp)
                 for dp in range(2, host_gpus + 1)
@@ -426,7 +452,8 @@ def valid_shapes(service: Service, engine: Engine, host_gpus: int, hosts: int, l
             shapes = [shape for shape in shapes if shape.dp == service.dp]
     gpus = service.gpu_count or len(service.gpu_indices or ())
     if gpus:
-        shapes = [s for s in shapes if (s.world == gpus if service.shape.experts else gpus % s.world == 0)]
+        exactly = service.shape.experts or not runs_replicas(engine, gpu)
+        shapes = [s for s in shapes if (s.world == gpus if exactly else gpus % s.world == 0)]
 
     def rank(shape: Shape) -> tuple[int, ...]:
         kind = 1 if shape.dp > 1 else 2 if shape.pp > 1 else 0
@@ -551,9 +578,9 @@ class Layout:
         """Needs of a service on ``hosts`` hosts of a team."""
         gpu = team.gpu
         engine, tag, _, _ = self.needs.engine(service, gpu, team.driver)
-        if engine is None:
+        if engine is None or replica_problem(service, engine, gpu):
             return
-        shapes = valid_shapes(service, engine, team.count, 1 if gpu.mig else hosts, team.link)
+        shapes = valid_shapes(service, engine, gpu, team.count, 1 if gpu.mig else hosts, team.link)
         limits = (1.0,) if service.utilization else (engine.gpu_memory_utilization, 1.0)
         for shape in shapes:
             for most in limits:
@@ -756,7 +783,13 @@ class Layout:
             instance.claim(picked)
             task.instances.append(instance)
             return len(picked)
-        if idle[0].gpu.mig or not engines.has_flag(need.engine.version, "--data-parallel-size"):
+        if idle[0].gpu.mig:
+            return 0
+        if not runs_replicas(need.engine, idle[0].gpu):
+            task.why.append(
+                f"{len(idle)} GPU(s) of {host.name} stay idle: vLLM {need.engine.version} starts no replicas on them; "
+                "another service with the same model can have them"
+            )
             return 0
         if service.shape.experts:
             return self._spread_experts(service, here, idle)

@@ -24,6 +24,7 @@ from .layout import (
     by_kind,
     eligible,
     memory_arguments,
+    replica_problem,
     usual_lengths,
     valid_shapes,
     valid_tp,
@@ -53,6 +54,8 @@ def refuse(task: Task, layout: Layout) -> list[str]:
     engine, _, problems, _ = layout.needs.engine(service, gpu, team.driver)
     if engine is None:
         return problems
+    if problem := replica_problem(service, engine, gpu):
+        return [problem]
     valid = valid_tp(service, engine, bool(service.expert_parallel))
     if service.tp and service.tp not in valid:
         reasons = tp_problems(
@@ -138,7 +141,7 @@ def _too_little(service: Service, team: Team, engine: Engine, total: int) -> lis
     gpu, count, link = team.gpu, team.count, team.link
     group = [place for part in team.groups for place in part]
     hosts = len(team.groups) if len(team.groups) > 1 else max(1, total // len(group))
-    shapes = valid_shapes(service, engine, count, hosts, link)
+    shapes = valid_shapes(service, engine, gpu, count, hosts, link)
     if not shapes:
         sizes = [tp for tp in valid_tp(service, engine) if tp <= count]
         if service.tp and service.tp > count and sizes and service.tp % sizes[-1] == 0:
@@ -197,7 +200,7 @@ def _ways_out(service: Service, gpu: Gpu, engine: Engine, length: int, count: in
         needs = Needs()
         eager = [other.enforce_eager] if other.enforce_eager is not None else [False] if graphs else [False, True]
         for choice in eager:
-            for shape in valid_shapes(other, engine, gpus, hosts, link):
+            for shape in valid_shapes(other, engine, gpu, gpus, hosts, link):
                 if need := needs.find(other, gpu, engine, "", tokens, shape, choice, 1.0, False):
                     return need
         return None

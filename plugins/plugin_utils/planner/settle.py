@@ -409,7 +409,7 @@ def _on_fewer_hosts(service: Service, instance: Instance, length: int) -> tuple[
     free = replace(service, tp=None, pp=None, dp=None, gpu_count=None, gpu_indices=None)
     engine, needs = instance.need.engine, Needs()
     for number in range(1, len(instance.hosts)):
-        for shape in valid_shapes(free, engine, len(gpus), number, place.host.link(gpus)):
+        for shape in valid_shapes(free, engine, place.gpu, len(gpus), number, place.host.link(gpus)):
             need = needs.find(free, place.gpu, engine, "", length, shape, False, 1.0, False)
             if need and need.room <= room and shape.pp % number == 0:
                 return number, need

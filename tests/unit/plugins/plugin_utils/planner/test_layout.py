@@ -79,6 +79,45 @@ def test_the_smallest_tp_that_holds_it() -> None:
     assert any("TP 1 does not hold the weights" in line for line in row["why"])
 
 
+@pytest.mark.parametrize(
+    ("there", "service"),
+    [
+        ("2x V100-PCIE-32GB", {"max_model_len": 8192}),
+        ("3x(2x V100-PCIE-16GB no-p2p)", {"model": SMALL}),
+        ("2x T4", {"model": SMALL, "engine_version": "0.10.2"}),
+        ("2x V100-PCIE-32GB", {"model": SMALL, "data_parallel_size": 1}),
+    ],
+)
+def test_the_v0_core_is_planned_without_replicas(there: Any, service: dict[str, Any]) -> None:
+    row = one(there, **service)
+    assert row["fits"] and row["engine_core"] == "V0"
+    assert [(sizes(item), len(item["gpu_uuids"])) for item in row["instances"]] == [((1, 1, 1), 1)] * len(row["hosts"])
+    assert value(row, "--data-parallel-size") is None
+    idle = any("1 GPU(s) of host1 stay idle" in line for line in row["why"])
+    assert idle == ("data_parallel_size" not in service)
+
+
+@pytest.mark.parametrize(
+    ("there", "service", "told"),
+    [
+        ("2x V100-PCIE-32GB", {"data_parallel_size": 2}, "data_parallel_size 2 needs the V1 core"),
+        ("2x V100-PCIE-32GB", {"gpus": 2, "tensor_parallel_size": 1}, "gpus 2 with TP 1 x PP 1 needs the V1 core"),
+        ("2x A10", {"engine_version": "0.7.2", "data_parallel_size": 2}, "data_parallel_size 2 needs the V1 core"),
+        ("2x A10", {"engine_version": "0.8.2", "data_parallel_size": 2}, "of vLLM 0.8.3 or newer"),
+    ],
+)
+def test_replicas_that_nothing_would_start_are_refused(there: Any, service: dict[str, Any], told: str) -> None:
+    row = one(there, model=SMALL, **service)
+    assert told in row["problems"][0]
+    assert "make 2 services of one replica each, on ports of their own" in row["problems"][0]
+
+
+def test_a_number_of_gpus_is_one_wide_server_where_there_are_no_replicas() -> None:
+    for there, version in (("2x V100-PCIE-32GB", None), ("2x A10", "0.7.2")):
+        row = one(there, model=SMALL, gpus=2, engine_version=version)
+        assert (sizes(row), value(row, "--tensor-parallel-size")) == ((2, 1, 1), "2")
+
+
 def test_embedding_models_are_not_replicated() -> None:
     assert sizes(one("4x A10", model="BAAI/bge-m3")) == (1, 1, 1)
 
