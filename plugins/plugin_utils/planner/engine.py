@@ -265,6 +265,17 @@ def flag_problem(version: str, flag: str) -> str | None:
     return f"vLLM {version} has no {flag}: {when}" + (f"; {way_out}" if way_out else "; leave it out")
 
 
+def disabled(version: str, flag: str) -> list[str]:
+    """What turns a switch off that is on by itself: ``--no-flag``, ``--flag=False`` where there is none yet."""
+    return option(version, f"--no-{flag[2:]}") or ([f"{flag}=False"] if has_flag(version, flag) else [])
+
+
+def splits_above(version: str) -> int:
+    """max_model_len above which the V0 core of a release splits prompts unless it is told not to."""
+    row = load("engines")["v0_chunks"]
+    return int(row["above"]) if at_least(version, row["from"]) else 1 << 62
+
+
 def option(version: str, flag: str, value: object = True) -> list[str]:
     """``[flag, value]`` or ``[flag]`` for True; empty for None, False and for flags that the release does not know."""
     if value is None or value is False or not has_flag(version, flag):

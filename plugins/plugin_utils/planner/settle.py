@@ -183,9 +183,10 @@ def command_line(service: Service, version: str, settings: Mapping[str, Any], ex
     args += option("--kv-cache-dtype", service.kv_cache_dtype if service.kv_cache_dtype != "auto" else None)
     args += option("--trust-remote-code", service.trust_remote_code)
     args += task_flags(service, version)
-    # The V0 core splits prompts on its own above this, which Volta's kernels cannot do.
-    if settings["engine_core"] == "V0" and settings["max_model_len"] > 32768 and option("--enable-chunked-prefill"):
-        args.append("--enable-chunked-prefill=False")
+    # Volta's kernels cannot work on a part of a prompt.
+    splits = settings["engine_core"] == "V0" and settings["max_model_len"] > engines.splits_above(version)
+    if splits and not service.splits_prompts:
+        args += engines.disabled(version, "--enable-chunked-prefill")
     return [*args, *extra]
 
 

@@ -15,6 +15,7 @@ from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.tables impo
 SMALL = "Qwen/Qwen2.5-1.5B"
 MIDDLE = "Qwen/Qwen2.5-7B-Instruct"
 LARGE = "Qwen/Qwen3-32B"
+LLAMA = load("models")["models"]["mistralai/Mistral-7B-v0.1"]["config"]
 
 
 def plan(there: Any, *services: dict[str, Any]) -> dict[str, Any]:
@@ -173,6 +174,25 @@ def test_extra_arguments_come_last_and_env_goes_through() -> None:
     row = one("1x H200", extra_args=["--seed", "7"], env={"A": 1})
     assert row["args"][-2:] == ["--seed", "7"]
     assert row["env"] == {"A": "1"}
+
+
+@pytest.mark.parametrize(
+    ("there", "version", "flag"),
+    [
+        ("2x V100-PCIE-32GB", "0.8.5.post1", ["--no-enable-chunked-prefill"]),
+        ("1x A100-SXM4-80GB", "0.8.4", []),  # V1
+        ("1x A100-SXM4-80GB", "0.7.2", ["--enable-chunked-prefill=False"]),
+        ("1x A100-SXM4-80GB", "0.5.3", ["--enable-chunked-prefill=False"]),
+        ("1x A100-SXM4-80GB", "0.5.2", []),  # a switch that is off by itself
+    ],
+)
+def test_long_prompts_are_not_split_by_the_v0_core(there: str, version: str, flag: list[str]) -> None:
+    service = {"model": "mistralai/Mistral-7B-v0.1", "config": {**LLAMA, "max_position_embeddings": 65536}}
+    row = one(there, **service, engine_version=version, max_model_len=40960, max_num_seqs=16)
+    assert row["fits"], row["problems"]
+    assert [arg for arg in row["args"] if "chunked-prefill" in arg] == flag
+    asked = one(there, **service, engine_version=version, max_model_len=40960, extra_args=["--enable_chunked_prefill"])
+    assert [arg for arg in asked["args"] if "chunked" in arg] == ["--enable_chunked_prefill"]
 
 
 def test_an_extra_argument_that_the_plan_decides_is_refused() -> None:
