@@ -200,6 +200,8 @@ class Needs:
 
         if _least_weights_gib(service) / shape.world > gpu.memory_total_mib / MIB:
             return None
+        if length > (longest_prompt(service, engine, gpu) or length):
+            return None
         order = list(batches(service, gpu, engine, length))
         # When the smallest batch without CUDA graphs is too much, so is every other: most layouts end here.
         if need(*order[-1], service.enforce_eager is not False) is None:
@@ -298,6 +300,12 @@ def batches(service: Service, gpu: Gpu, engine: Engine, length: int) -> Iterator
         if (total, number) not in tried:
             tried.add((total, number))
             yield total, number
+
+
+def longest_prompt(service: Service, engine: Engine, gpu: Gpu) -> int | None:
+    """The batch that the user set where it has to hold a whole prompt: the V0 core does not start with a longer context."""
+    whole = engine.core(gpu.capability) == "V0" and not service.splits_prompts
+    return service.max_num_batched_tokens if whole else None
 
 
 def memory_arguments(

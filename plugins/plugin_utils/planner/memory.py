@@ -689,7 +689,7 @@ def engine_memory(
         problems.append(refused)
     if length > shape.max_position:
         problems.append(f"max_model_len {length} is more than the {shape.max_position} tokens of the model's config")
-    if batched < seqs and not facts.v0:
+    if batched < seqs:
         problems.append(f"max_num_batched_tokens {batched} is below max_num_seqs {seqs}")
     if batched < length and shape.model_type in ENCODERS:
         problems.append(

@@ -13,6 +13,7 @@ from .engine import Engine
 from .hardware import Gpu, Host
 from .layout import (
     MIB,
+    SHORTEST_CONTEXT,
     Layout,
     Need,
     Needs,
@@ -23,6 +24,7 @@ from .layout import (
     batches,
     by_kind,
     eligible,
+    longest_prompt,
     memory_arguments,
     replica_problem,
     usual_lengths,
@@ -56,6 +58,14 @@ def refuse(task: Task, layout: Layout) -> list[str]:
         return problems
     if problem := replica_problem(service, engine, gpu):
         return [problem]
+    whole, length = longest_prompt(service, engine, gpu), service.max_model_len or SHORTEST_CONTEXT
+    if whole and length > whole:
+        return [
+            f"max_num_batched_tokens {whole} is below max_model_len {length}, and the V0 core of vLLM {engine.version} does "
+            f"not split prompts: set max_num_batched_tokens {length} or leave it out, or lower max_model_len to {whole}"
+            # Volta's kernels cannot work on a part of a prompt.
+            + (", or give extra_args --enable-chunked-prefill" if gpu.capability >= (7, 5) else "")
+        ]
     valid = valid_tp(service, engine, bool(service.expert_parallel))
     if service.tp and service.tp not in valid:
         reasons = tp_problems(
@@ -155,7 +165,8 @@ def _too_little(service: Service, team: Team, engine: Engine, total: int) -> lis
         possible = ", ".join(map(str, sizes))
         return [f"no layout of {count} GPUs is possible: TP can be {possible or 'none'}"]
     shape = max(shapes, key=lambda shape: shape.world)
-    length = service.max_model_len or min(usual_lengths(service)[0], SHORT_CONTEXT)
+    whole = longest_prompt(service, engine, gpu)
+    length = service.max_model_len or min(usual_lengths(service)[0], whole or SHORT_CONTEXT, SHORT_CONTEXT)
     tokens, seqs = list(batches(service, gpu, engine, length))[-1]
     eager = service.enforce_eager is not False
     need = Needs().find(service, gpu, engine, "", length, shape, eager, 1.0, True)

@@ -21,6 +21,7 @@ from .layout import (
     Task,
     batches,
     dtype_for,
+    longest_prompt,
     memory_arguments,
     oldest_driver,
     spanning_problem,
@@ -101,6 +102,7 @@ class _Server:
     def longest(self) -> int:
         """The longest context, up to the model's own, that leaves ``min_concurrency`` requests."""
         low, high = self.need.max_model_len, max(self.service.shape.max_position, self.need.max_model_len)
+        high = min(high, longest_prompt(self.service, self.need.engine, self.gpu) or high)
         if self.holds(high, self.tokens_for(high), self.seqs):
             return high
         while high - low > 1:

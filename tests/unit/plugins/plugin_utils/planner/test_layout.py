@@ -195,6 +195,53 @@ def test_long_prompts_are_not_split_by_the_v0_core(there: str, version: str, fla
     assert [arg for arg in asked["args"] if "chunked" in arg] == ["--enable_chunked_prefill"]
 
 
+@pytest.mark.parametrize(
+    ("there", "service", "ways"),
+    [
+        (
+            "2x V100-PCIE-16GB no-p2p",
+            {
+                "tensor_parallel_size": 2,
+                "max_model_len": 4096,
+                "enforce_eager": True,
+                "gpu_memory_utilization": 0.85,
+            },
+            "set max_num_batched_tokens 4096 or leave it out, or lower max_model_len to 2048",
+        ),
+        (
+            "1x A10",
+            {"model": SMALL, "engine_version": "0.7.2", "max_model_len": 32768},
+            "set max_num_batched_tokens 32768 or leave it out, or lower max_model_len to 2048, or give extra_args "
+            "--enable-chunked-prefill",
+        ),
+    ],
+)
+def test_a_batch_that_holds_no_whole_prompt_is_refused_on_the_v0_core(
+    there: str, service: dict[str, Any], ways: str
+) -> None:
+    row = one(there, max_num_batched_tokens=2048, **service)
+    (problem,) = row["problems"]
+    assert f"max_num_batched_tokens 2048 is below max_model_len {service['max_model_len']}" in problem
+    assert problem.endswith(f"does not split prompts: {ways}")
+
+
+def test_a_batch_on_the_v0_core_limits_a_context_that_nobody_set() -> None:
+    row = one("1x A10", model=SMALL, engine_version="0.7.2", max_num_batched_tokens=3000)
+    assert (row["max_model_len"], row["max_num_batched_tokens"]) == (3000, 3000)
+    split = one(
+        "1x A10",
+        model=SMALL,
+        engine_version="0.7.2",
+        max_model_len=32768,
+        max_num_batched_tokens=2048,
+        extra_args=["--enable-chunked-prefill"],
+    )
+    assert split["fits"] and value(split, "--max-num-batched-tokens") == "2048"
+    assert one("1x A10", model=SMALL, max_model_len=32768, max_num_batched_tokens=2048)["fits"]
+    few = one("1x A10", model=SMALL, engine_version="0.7.2", max_model_len=128, max_num_batched_tokens=128)
+    assert few["max_num_seqs"] <= 128  # vLLM refuses more
+
+
 def test_an_extra_argument_that_the_plan_decides_is_refused() -> None:
     row = one("2x H200", extra_args=["--tensor-parallel-size", "2"])
     assert "set tensor_parallel_size of the service instead" in row["problems"][0]
