@@ -242,9 +242,17 @@ def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engi
         if service.engine and (other := _choose_engine(replace(service, engine=None), gpu, driver)[0]):
             refused.append(f"engine_version {other.version} can")
         return None, "", refused if service.engine else refused[:1], []
-    # No release helps against a GPU that cannot run the weights.
-    if problem := engines.quantization_problem(service.quantization or service.shape.quantization, gpu.capability):
-        return None, "", [problem], []
+    if problem := _weights_problem(service, able[0][0], gpu):
+        running = [each for each in able if not _weights_problem(service, each[0], gpu)]
+        # Releases that do not refuse what is wrong are no way out.
+        if not running or service.dtype == "float16":
+            refused = [problem]
+            if service.engine and (other := _choose_engine(replace(service, engine=None), gpu, driver)[0]):
+                refused.append(f"engine_version {other.version} can")
+            return None, "", refused, []
+        engine, suffix, remarks = running[0]
+        running[0] = engine, suffix, [*remarks, f"not vLLM {able[0][0].version}: {problem}"]
+        able = running
     dividing = [each for each in able if not _undividable(service, each[0], gpu)] or able
     engine, suffix, remarks = next(
         (
@@ -259,6 +267,19 @@ def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engi
     if engine is not dividing[0][0]:
         remarks = [f"vLLM {engine.version}: the newest that driver {driver} supports in full; a newer one allows more"]
     return engine, suffix, [], remarks
+
+
+def _weights_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:
+    """Why a release cannot run the model's weights on a GPU, or None."""
+    shape, method = service.shape, service.quantization or service.shape.quantization
+    kinds = ("full", "sliding", "chunked")
+    head = max(
+        (layer.attention.head_dim for layer in shape.layers if layer.attention and layer.attention.kind in kinds),
+        default=0,
+    )
+    return engines.quantization_problem(engine.version, method, gpu.capability) or engines.dtype_problem(
+        engine, gpu.capability, shape.model_type, dtype_for(service, gpu), method, head
+    )
 
 
 def _undividable(service: Service, engine: Engine, gpu: Gpu) -> str | None:
@@ -381,7 +402,9 @@ def make_need(
 
 def dtype_for(service: Service, gpu: Gpu) -> str:
     """What ``--dtype`` is: GPUs below 8.0 have no bfloat16."""
-    return "float16" if service.dtype == "auto" and gpu.capability < (8, 0) else service.dtype
+    if service.dtype != "auto" or gpu.capability >= (8, 0):
+        return service.dtype
+    return "float32" if engines.float16_is_wrong(service.shape.model_type) else "float16"
 
 
 def valid_tp(service: Service, engine: Engine, expert_parallel: bool = False) -> list[int]:

@@ -23,6 +23,7 @@ from .layout import (
     Team,
     batches,
     by_kind,
+    dtype_for,
     eligible,
     longest_prompt,
     memory_arguments,
@@ -236,11 +237,11 @@ def _ways_out(service: Service, gpu: Gpu, engine: Engine, length: int, count: in
                 layout = words(need.shape)
                 ways.append(f"max_model_len {tokens} fits with gpu_memory_utilization {need.utilization:g} ({layout})")
                 break
-    if service.shape.quantization is None:
+    if service.shape.quantization is None and dtype_for(service, gpu) != "float32":
         for method, label, share in (("fp8", "8 bits (FP8)", 0.5), ("awq", "4 bits (AWQ, GPTQ)", 0.28)):
             weights = service.shape.parameters * 2 / 1024**3 * share
             smaller = replace(free, shape=replace(service.shape, weights_gib=weights, cache={}))
-            if not engines.quantization_problem(method, gpu.capability) and find(smaller, length):
+            if not engines.quantization_problem(engine.version, method, gpu.capability) and find(smaller, length):
                 ways.append(f"weights of {label} fit on these GPUs")
                 break
     need = find(free, length, max(count, 8), 4, graphs=True)

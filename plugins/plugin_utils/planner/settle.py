@@ -338,7 +338,8 @@ def explain(task: Task, layout: Layout, settled: Mapping[str, Any]) -> list[str]
         floor = engines.show(need.engine.v0_below)
         why.append(f"VLLM_USE_V1=0: the V1 core of {need.engine.version} needs compute capability {floor}")
     if service.dtype == "auto" and gpu.capability < (8, 0):
-        why.append(f"float16: compute capability {engines.show(gpu.capability)} has no bfloat16")
+        wrong = f", and {service.shape.model_type} is wrong in float16" if settled["dtype"] == "float32" else ""
+        why.append(f"{settled['dtype']}: compute capability {engines.show(gpu.capability)} has no bfloat16{wrong}")
     why += _why_parallel(task, settled)
     why += _why_memory(task, layout, settled)
     kinds = {place.gpu.kind for place in layout.places[host.name]}

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.tables impo
 SMALL = "Qwen/Qwen2.5-1.5B"
 MIDDLE = "Qwen/Qwen2.5-7B-Instruct"
 LARGE = "Qwen/Qwen3-32B"
+CONFIGS = json.loads((Path(__file__).parents[4] / "benchmarks" / "truth" / "configs.json").read_text())
 LLAMA = load("models")["models"]["mistralai/Mistral-7B-v0.1"]["config"]
 
 
@@ -473,6 +476,64 @@ def test_a_release_that_cannot_divide_the_model_as_asked_is_not_taken(
     assert row["fits"], row["problems"]
     assert row["engine_version"] == version
     assert any(why in line for line in row["why"]), row["why"]
+
+
+@pytest.mark.parametrize(
+    ("there", "head", "version"),
+    [
+        ("2x V100-PCIE-32GB", 256, "0.8.5.post1"),
+        # The V1 core's attention holds no heads of 1024 bytes on these.
+        ("1x RTX-2080-Ti-22GB", 256, "0.10.2"),
+        ("1x RTX-2080-Ti-22GB", 128, "0.25.1"),
+    ],
+)
+def test_a_model_that_is_wrong_in_float16_is_planned_in_float32(there: str, head: int, version: str) -> None:
+    row = one(there, model="gemma", config={**CONFIGS["gemma-2-2b"], "head_dim": head})
+    assert row["fits"], row["problems"]
+    assert (value(row, "--dtype"), row["dtype"], row["engine_version"]) == ("float32", "float32", version)
+    assert any("gemma2 is wrong in float16" in line for line in row["why"])
+    half = one("1x A10", model="gemma", config={**CONFIGS["gemma-2-2b"], "head_dim": head})
+    assert value(half, "--dtype") is None
+    assert row["memory"]["weights_gib"] == pytest.approx(2 * half["memory"]["weights_gib"], rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("there", "service", "told"),
+    [
+        (
+            "1x A10",
+            {"dtype": "float16"},
+            "refuses dtype float16 for gemma2, which is wrong in it: leave it out, or give bf",
+        ),
+        ("1x RTX-2080-Ti-22GB", {"dtype": "float16"}, "leave it out, or give float32"),
+        ("1x RTX-2080-Ti-22GB", {"quant": {"quant_method": "awq", "bits": 4}}, "awq weights do not run beside float32"),
+        (
+            "1x A10",
+            {"quant": {"quant_method": "awq", "bits": 4}, "dtype": "float32"},
+            "beside dtype float32: leave it out",
+        ),
+        ("1x RTX-2080-Ti-22GB", {"engine_version": "0.25.1"}, "heads of at most 512 bytes on compute capability 7.5"),
+    ],
+)
+def test_a_dtype_that_cannot_be_is_refused(there: str, service: dict[str, Any], told: str) -> None:
+    config = {**CONFIGS["gemma-2-2b"], "quantization_config": service.pop("quant", None)}
+    row = one(there, model="gemma", config=config, **service)
+    assert told in row["problems"][0]
+
+
+def test_weights_that_a_gpu_cannot_run_are_refused() -> None:
+    row = one("1x RTX-2080-Ti-22GB", model="openai/gpt-oss-20b", config=CONFIGS["gpt-oss-20b"])
+    assert row["problems"] == ["mxfp4 weights need compute capability 8.0, the GPU has 7.5"]
+    config = {**CONFIGS["llama-3.1-8b"], "quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}
+    assert any("not vLLM 0.25.1: modelopt weights" in line for line in one("1x A10", model="fp8", config=config)["why"])
+    assert one("1x L4", model="fp8", config=config)["engine_version"] == "0.25.1"
+    asked = one("1x A10", model="fp8", config=config, engine_version="0.25.1")
+    assert asked["problems"] == [
+        "modelopt weights need compute capability 8.9 in vLLM 0.25.1, the GPU has 8.6",
+        "engine_version 0.33.0 can",
+    ]
+    config = {**CONFIGS["llama-3.1-8b"], "quantization_config": {"quant_method": "fbgemm_fp8"}}
+    assert "fbgemm_fp8 weights need compute capability 8.0" in one("1x T4", model="fp8", config=config)["problems"][0]
 
 
 def test_a_gpu_that_nothing_supports_is_refused() -> None:

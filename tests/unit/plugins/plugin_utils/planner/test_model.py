@@ -155,7 +155,7 @@ def test_quantization_groups_must_not_straddle_the_cut() -> None:
         (FP8_BLOCKS, "fp8", 8),
         ({"quant_method": "mxfp4"}, "mxfp4", 4),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes", 4),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt", 4),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt_fp4", 4),
         (CONFIGS["llama-3.1-8b-w4a16"]["quantization_config"], "compressed-tensors", 4),
         (CONFIGS["llama-3.1-8b-w8a8-fp8"]["quantization_config"], "compressed-tensors", 8),
     ],
