@@ -433,6 +433,17 @@ def runs_replicas(engine: Engine, gpu: Gpu) -> bool:
 
 def replica_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:
     """Why a release cannot run the replicas that the user asks for, by their number or by one of GPUs, or None."""
+    if service.shape.experts and (service.dp or 1) > 1:
+        if service.expert_parallel is False:
+            return (
+                f"data_parallel_size {service.dp} with enable_expert_parallel false: replicas of a model with experts are "
+                f"planned with the experts spread over them. Leave one of the two out, or make {service.dp} services"
+            )
+        if (service.pp or 1) > 1:
+            return (
+                f"data_parallel_size {service.dp} with pipeline_parallel_size {service.pp}: experts are planned spread over "
+                "replicas of one stage. Leave one of the two out"
+            )
     gpus = service.gpu_count or len(service.gpu_indices or ())
     divided = (service.tp or 0) * (service.pp or 1)
     if service.dp:
@@ -471,20 +482,20 @@ def valid_shapes(service: Service, engine: Engine, gpu: Gpu, host_gpus: int, hos
                 continue  # leaves GPUs of each host idle
             if not pp_problems(service.shape, pp, engine_version=engine.version):
                 shapes.append(Shape(tp, pp))
-    if service.shape.experts and service.pp in (None, 1) and service.expert_parallel is not False:
-        if runs_replicas(engine, gpu) and engines.has_flag(engine.version, "--enable-expert-parallel"):
-            shapes += [
-                Shape(tp, 1, dp)
-                for dp in range(2, host_gpus + 1)
-                for tp in valid_tp(service, engine, True)
-                if tp * dp <= host_gpus and service.tp in (None, tp) and service.shape.experts % (tp * dp) == 0
-            ]
-        if service.dp:
-            shapes = [shape for shape in shapes if shape.dp == service.dp]
+    spreads = service.shape.experts and service.pp in (None, 1) and service.expert_parallel is not False
+    if spreads and runs_replicas(engine, gpu) and engines.has_flag(engine.version, "--enable-expert-parallel"):
+        shapes += [
+            Shape(tp, 1, dp)
+            for dp in range(2, host_gpus + 1)
+            for tp in valid_tp(service, engine, True)
+            if tp * dp <= host_gpus and service.tp in (None, tp) and service.shape.experts % (tp * dp) == 0
+        ]
+    if service.shape.experts and service.dp:
+        shapes = [shape for shape in shapes if shape.dp == service.dp]
     gpus = service.gpu_count or len(service.gpu_indices or ())
     if gpus:
-        exactly = service.shape.experts or not runs_replicas(engine, gpu)
-        shapes = [s for s in shapes if (s.world == gpus if exactly else gpus % s.world == 0)]
+        copies = 1 if service.shape.experts or not runs_replicas(engine, gpu) else service.dp
+        shapes = [s for s in shapes if (s.world * copies == gpus if copies else gpus % s.world == 0)]
 
     def rank(shape: Shape) -> tuple[int, ...]:
         kind = 1 if shape.dp > 1 else 2 if shape.pp > 1 else 0
@@ -625,7 +636,7 @@ class Layout:
         if service.shape.experts:
             return 1
         gpus = service.gpu_count or len(service.gpu_indices or ())
-        return gpus // shape.world if gpus else service.dp or 1
+        return service.dp or (gpus // shape.world if gpus else 1)
 
     # -- placing
 
@@ -717,7 +728,7 @@ class Layout:
             for need in self._variants(service, team, len(team.groups), length, eager):
                 tp, pp, dp = need.shape
                 span = exactly or math.ceil(pp / (team.count // tp))
-                if dp > 1 or span < 2 or pp % span:
+                if dp > 1 or self._copies(service, need.shape) > 1 or span < 2 or pp % span:
                     continue
                 parts = [part for group in team.groups if (part := _pick(group, tp * pp // span, need))]
                 if len(parts) >= span:

@@ -89,6 +89,8 @@ def refuse(task: Task, layout: Layout) -> list[str]:
         return [
             f"{asked} GPUs are asked for and {total} of one kind are there ({gpu.name}, {gpu.memory_total_mib} MiB)"
         ]
+    if (service.dp or 1) > 1 and asked > team.count:
+        return [_apart(service, team, asked)]
     if service.hosts is not None and (problem := _uneven(service, team)):
         return [problem]
     return _too_little(service, team, engine, total)
@@ -147,6 +149,13 @@ def _uneven(service: Service, team: Team) -> str | None:
     return f"{text}. Set pipeline_parallel_size {possible}, or name other hosts"
 
 
+def _apart(service: Service, team: Team, gpus: int) -> str:
+    return (
+        f"data_parallel_size {service.dp}: the replicas of one server are on one host, and {gpus} GPUs are more than the "
+        f"{team.count} of one. Make a service for each, on ports of their own"
+    )
+
+
 def _too_little(service: Service, team: Team, engine: Engine, total: int) -> list[str]:
     """The arithmetic of the layout that comes nearest, and what would help."""
     gpu, count, link = team.gpu, team.count, team.link
@@ -164,7 +173,9 @@ def _too_little(service: Service, team: Team, engine: Engine, total: int) -> lis
                 + (f"{way} is not possible, either: {never[0]}" if never else way)
             ]
         possible = ", ".join(map(str, sizes))
-        return [f"no layout of {count} GPUs is possible: TP can be {possible or 'none'}"]
+        gpus = service.gpu_count or len(service.gpu_indices or ()) or count
+        copies = f" and data_parallel_size {service.dp}" if service.dp else ""
+        return [f"no layout of {gpus} GPUs{copies} is possible: TP can be {possible or 'none'}"]
     shape = max(shapes, key=lambda shape: shape.world)
     whole = longest_prompt(service, engine, gpu)
     length = service.max_model_len or min(usual_lengths(service)[0], whole or SHORT_CONTEXT, SHORT_CONTEXT)
@@ -172,6 +183,10 @@ def _too_little(service: Service, team: Team, engine: Engine, total: int) -> lis
     eager = service.enforce_eager is not False
     need = Needs().find(service, gpu, engine, "", length, shape, eager, 1.0, True)
     if need and all(place.free >= need.room for place in group):
+        if not service.shape.experts and (service.dp or 1) > 1:
+            fitting = (s for s in shapes if Needs().find(service, gpu, engine, "", length, s, eager, 1.0, True))
+            if (least := min(s.world for s in fitting) * (service.dp or 1)) > count:
+                return [_apart(service, team, least)]
         return [
             f"{words(shape)} fits on GPUs like these, but not on these hosts: each one gets the same number of stages, "
             f"at most {count // shape.tp} of them. Set pipeline_parallel_size to another number, or leave it out"

@@ -335,7 +335,7 @@ def parse_services(raw: object) -> list[Service]:
     """All services in the order given.
 
     Raises:
-        PlanError: not a list, none, two of one name or of one port on the same hosts.
+        PlanError: not a list, none, or two of one name.
     """
     services = [parse_service(item, number) for number, item in enumerate(sequence(raw, "vllm_services"))]
     if not services:

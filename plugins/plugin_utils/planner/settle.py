@@ -150,6 +150,12 @@ def _executor(task: Task, instance: Instance) -> str:
             task.problems.append(
                 f"vLLM {need.engine.version} has executor {', '.join(need.engine.executors)}, not {service.executor}"
             )
+        elif service.executor == "ray" and not need.engine.ray and not service.image:
+            # The roles add it to servers over several hosts, whose nodes they run.
+            task.problems.append(
+                f"executor ray: vLLM {need.engine.version} comes without Ray, and on one host nothing adds it: leave executor "
+                "out, or set image to one with Ray"
+            )
         return service.executor
     return "uni" if instance.shape.tp * instance.shape.pp == 1 else need.engine.executors[0]
 

@@ -245,6 +245,72 @@ def test_a_batch_on_the_v0_core_limits_a_context_that_nobody_set() -> None:
     assert few["max_num_seqs"] <= 128  # vLLM refuses more
 
 
+@pytest.mark.parametrize(
+    ("there", "service", "told"),
+    [
+        (
+            "2x H200",
+            {"model": "experts", "data_parallel_size": 2, "enable_expert_parallel": False},
+            "data_parallel_size 2 with enable_expert_parallel false",
+        ),
+        (
+            "4x H200",
+            {"model": "experts", "data_parallel_size": 2, "pipeline_parallel_size": 2},
+            "data_parallel_size 2 with pipeline_parallel_size 2",
+        ),
+        (
+            "2x(4x A10)",
+            {
+                "data_parallel_size": 2,
+                "tensor_parallel_size": 2,
+                "pipeline_parallel_size": 2,
+                "hosts": ["host1", "host2"],
+            },
+            "data_parallel_size 2: the replicas of one server are on one host, and 8 GPUs are more than the 4 of one",
+        ),
+        (
+            "2x(4x A10)",
+            {"model": LARGE, "data_parallel_size": 2},
+            "data_parallel_size 2: the replicas of one server are on one host, and 8 GPUs are more than the 4 of one",
+        ),
+        ("4x H200", {"data_parallel_size": 3, "gpus": 4}, "no layout of 4 GPUs and data_parallel_size 3 is possible"),
+        (
+            "2x A10",
+            {"tensor_parallel_size": 2, "executor": "ray", "max_model_len": 4096},
+            "executor ray: vLLM 0.25.1 comes without Ray",
+        ),
+    ],
+)
+def test_what_is_set_is_not_dropped(there: str, service: dict[str, Any], told: str) -> None:
+    config = {"config": CONFIGS["qwen3-30b-a3b"]} if service.get("model") == "experts" else {}
+    row = one(there, **service, **config)
+    assert not row["fits"] and told in row["problems"][0]
+
+
+def test_numbers_of_gpus_and_replicas_are_kept_together() -> None:
+    assert sizes(one("4x H200", data_parallel_size=2, gpus=4)) == (2, 1, 2)
+    assert sizes(one("4x H200", data_parallel_size=2, pipeline_parallel_size=2)) == (1, 2, 2)
+    spread = one("2x H200", model="experts", config=CONFIGS["qwen3-30b-a3b"], data_parallel_size=2)
+    assert sizes(spread) == (1, 1, 2) and "--enable-expert-parallel" in spread["args"]
+
+
+def test_ray_on_one_host_is_the_images() -> None:
+    for more in ({"image": "registry.example/vllm-ray:1"}, {"engine_version": "0.8.5.post1"}):
+        row = one("2x A10", tensor_parallel_size=2, executor="ray", max_model_len=4096, **more)
+        assert row["fits"] and value(row, "--distributed-executor-backend") == "ray"
+
+
+def test_two_services_on_one_port_of_a_host_are_refused() -> None:
+    asked = [{"model": SMALL, "port": 8000}, {"model": MIDDLE, "port": 8000}]
+    result = plan("2x A10", *asked)
+    assert result["problems"] == [
+        "service1: port 8000 of host1 is service0's already: set another port of the service, or leave it out"
+    ]
+    assert "port 8000 of box is service0's" in plan(CPU, asked[0], asked[0])["problems"][0]
+    apart = [{**service, "hosts": [f"host{number}"]} for number, service in enumerate(asked, 1)]
+    assert plan("2x(1x A10)", *apart)["fits"]
+
+
 def test_an_extra_argument_that_the_plan_decides_is_refused() -> None:
     row = one("2x H200", extra_args=["--tensor-parallel-size", "2"])
     assert "set tensor_parallel_size of the service instead" in row["problems"][0]
