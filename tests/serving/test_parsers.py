@@ -210,6 +210,19 @@ def test_every_inventory_with_every_release(parse: Callable[[str, list[list[str]
     print(f"\n{sum(counts.values())} command lines: {counts}; as they stand: {as_it_stands}")
 
 
+@pytest.mark.parametrize("release", ["0.7.2", "0.8.5.post1"])
+def test_long_prompts_on_the_v0_core(parse: Callable[[str, list[list[str]]], list[str]], release: str) -> None:
+    """Above 32768 tokens the core splits prompts unless it is told not to, in a form that differs between releases."""
+    config = {**SEVEN, "max_position_embeddings": 65536}
+    service = {
+        "name": "long", "model": "/srv/long", "config": config, "max_model_len": 40960, "engine_version": release,
+        "runtime": "container",
+    }  # fmt: skip
+    lists = [args for _, args in commands([service], hosts_from_text("2x V100-PCIE-32GB"))]
+    assert len(lists) == 1 and any("enable-chunked-prefill" in arg for arg in lists[0])
+    assert parse(release, lists) == [""]
+
+
 @pytest.mark.parametrize("release", ["0.8.5.post1", "0.25.1", "0.32.0"])
 def test_features(parse: Callable[[str, list[list[str]]], list[str]], release: str) -> None:
     lists, names = [], []

@@ -143,6 +143,8 @@ def _parallel_problems(service: Service, engine: Engine, layout: Layout) -> list
     problems = []
     if service.dp not in (None, 1):
         problems.append(f"data_parallel_size is {service.dp}: an engine on a CPU is planned with 1")
+    if service.executor == "ray":
+        problems.append("executor is ray: on CPUs it is mp, or leave it out")
     if tp * pp > 1:
         problems += tp_problems(service.shape, tp, engine_version=engine.version)
         problems += pp_problems(service.shape, pp, engine_version=engine.version)
@@ -151,8 +153,6 @@ def _parallel_problems(service: Service, engine: Engine, layout: Layout) -> list
             problems.append(
                 f"TP {tp} x PP {pp} = {tp * pp} ranks do not divide by {number} hosts: each gets the same number"
             )
-        if number > 1 and service.executor == "ray":
-            problems.append("executor is ray: over CPUs of several hosts it is mp")
         if number > 1 and pp > 1:  # seen with 0.32.0: KeyError in the scheduler (update_from_output)
             problems.append(
                 f"PP {pp} over CPUs of several hosts: vLLM starts so, and ends at the first request. Spread the ranks by "

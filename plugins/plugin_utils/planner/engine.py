@@ -201,12 +201,47 @@ def architecture_problem(engine: Engine, architecture: str) -> str | None:
     return None
 
 
-def quantization_problem(method: str | None, capability: Capability) -> str | None:
-    """Why a GPU cannot run weights of this quantization method, or None."""
-    floor = load("engines")["quantization"].get(method or "")
+def quantization_problem(version: str, method: str | None, capability: Capability) -> str | None:
+    """Why a release cannot run weights of this quantization method on a GPU, or None."""
+    floor, where = load("engines")["quantization"].get(method or ""), ""
+    if isinstance(floor, dict):
+        floor, where = [row for first, row in floor.items() if at_least(version, first)][-1], f" in vLLM {version}"
     if floor is None or capability >= parse_capability(floor):
         return None
-    return f"{method} weights need compute capability {floor}, the GPU has {show(capability)}"
+    return f"{method} weights need compute capability {floor}{where}, the GPU has {show(capability)}"
+
+
+def float16_is_wrong(model_type: str) -> bool:
+    """Models of this type need bfloat16 or float32."""
+    return model_type in load("engines")["not_float16"]["model_types"]
+
+
+def dtype_problem(
+    engine: Engine, capability: Capability, model_type: str, dtype: str, quantization: str | None, head: int
+) -> str | None:
+    """Why a release cannot run a model in a dtype on a GPU, or None.
+
+    Args:
+        head: head_dim of the widest heads.
+    """
+    table = load("engines")["not_float16"]
+    if dtype == "float16" and float16_is_wrong(model_type) and at_least(engine.version, table["refused_from"]):
+        other = "bfloat16" if capability >= (8, 0) else "float32"
+        return f"vLLM {engine.version} refuses dtype float16 for {model_type}, which is wrong in it: leave it out, or give {other}"
+    if dtype == "float32" and quantization and quantization not in table["float32_beside"]:
+        if capability >= (8, 0) or not float16_is_wrong(model_type):
+            return f"{quantization} weights do not run beside dtype float32: leave it out"
+        return (
+            f"{quantization} weights do not run beside float32, which {model_type} needs on compute capability "
+            f"{show(capability)}: take weights that are not quantized, or a GPU from 8.0 on"
+        )
+    size, most = head * (4 if dtype == "float32" else 2), load("engines")["head_bytes_below_8"]
+    if capability < (8, 0) and engine.core(capability) == "V1" and size > most:
+        return (
+            f"vLLM {engine.version} runs heads of at most {most} bytes on compute capability {show(capability)}, {model_type} "
+            f"has {size} (head_dim {head} in {dtype}): take a GPU from 8.0 on"
+        )
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------- flags
@@ -263,6 +298,17 @@ def flag_problem(version: str, flag: str) -> str | None:
         part for part in (f"use {row['replacement']}" if "replacement" in row else "", row.get("note", "")) if part
     )
     return f"vLLM {version} has no {flag}: {when}" + (f"; {way_out}" if way_out else "; leave it out")
+
+
+def disabled(version: str, flag: str) -> list[str]:
+    """What turns a switch off that is on by itself: ``--no-flag``, ``--flag=False`` where there is none yet."""
+    return option(version, f"--no-{flag[2:]}") or ([f"{flag}=False"] if has_flag(version, flag) else [])
+
+
+def splits_above(version: str) -> int:
+    """max_model_len above which the V0 core of a release splits prompts unless it is told not to."""
+    row = load("engines")["v0_chunks"]
+    return int(row["above"]) if at_least(version, row["from"]) else 1 << 62
 
 
 def option(version: str, flag: str, value: object = True) -> list[str]:

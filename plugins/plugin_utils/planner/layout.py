@@ -204,6 +204,8 @@ class Needs:
 
         if _least_weights_gib(service) / shape.world > gpu.memory_total_mib / MIB:
             return None
+        if length > (longest_prompt(service, engine, gpu) or length):
+            return None
         order = list(batches(service, gpu, engine, length))
         # When the smallest batch without CUDA graphs is too much, so is every other: most layouts end here.
         if need(*order[-1], service.enforce_eager is not False) is None:
@@ -246,10 +248,18 @@ def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engi
         if service.engine and (other := _choose_engine(replace(service, engine=None), gpu, driver)[0]):
             refused.append(f"engine_version {other.version} can")
         return None, "", refused if service.engine else refused[:1], []
-    # No release helps against a GPU that cannot run the weights.
-    if problem := engines.quantization_problem(service.quantization or service.shape.quantization, gpu.capability):
-        return None, "", [problem], []
-    dividing = [each for each in able if not _undividable(service, each[0])] or able
+    if problem := _weights_problem(service, able[0][0], gpu):
+        running = [each for each in able if not _weights_problem(service, each[0], gpu)]
+        # Releases that do not refuse what is wrong are no way out.
+        if not running or service.dtype == "float16":
+            refused = [problem]
+            if service.engine and (other := _choose_engine(replace(service, engine=None), gpu, driver)[0]):
+                refused.append(f"engine_version {other.version} can")
+            return None, "", refused, []
+        engine, suffix, remarks = running[0]
+        running[0] = engine, suffix, [*remarks, f"not vLLM {able[0][0].version}: {problem}"]
+        able = running
+    dividing = [each for each in able if not _undividable(service, each[0], gpu)] or able
     engine, suffix, remarks = next(
         (
             (engine, suffix, remarks)
@@ -259,14 +269,29 @@ def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engi
         dividing[0],
     )
     if dividing[0] is not able[0]:
-        remarks = [*remarks, f"not vLLM {able[0][0].version}: {_undividable(service, able[0][0])}"]
+        remarks = [*remarks, f"not vLLM {able[0][0].version}: {_undividable(service, able[0][0], gpu)}"]
     if engine is not dividing[0][0]:
         remarks = [f"vLLM {engine.version}: the newest that driver {driver} supports in full; a newer one allows more"]
     return engine, suffix, [], remarks
 
 
-def _undividable(service: Service, engine: Engine) -> str | None:
+def _weights_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:
+    """Why a release cannot run the model's weights on a GPU, or None."""
+    shape, method = service.shape, service.quantization or service.shape.quantization
+    kinds = ("full", "sliding", "chunked")
+    head = max(
+        (layer.attention.head_dim for layer in shape.layers if layer.attention and layer.attention.kind in kinds),
+        default=0,
+    )
+    return engines.quantization_problem(engine.version, method, gpu.capability) or engines.dtype_problem(
+        engine, gpu.capability, shape.model_type, dtype_for(service, gpu), method, head
+    )
+
+
+def _undividable(service: Service, engine: Engine, gpu: Gpu) -> str | None:
     """Why a release cannot divide the model as the user wants, or None."""
+    if problem := replica_problem(service, engine, gpu):
+        return problem
     several = service.hosts is not None and len(service.hosts) > 1
     if several and (problem := spanning_problem(engine, service.executor)):
         return problem
@@ -302,6 +327,12 @@ def batches(service: Service, gpu: Gpu, engine: Engine, length: int) -> Iterator
         if (total, number) not in tried:
             tried.add((total, number))
             yield total, number
+
+
+def longest_prompt(service: Service, engine: Engine, gpu: Gpu) -> int | None:
+    """The batch that the user set where it has to hold a whole prompt: the V0 core does not start with a longer context."""
+    whole = engine.core(gpu.capability) == "V0" and not service.splits_prompts
+    return service.max_num_batched_tokens if whole else None
 
 
 def memory_arguments(
@@ -377,7 +408,9 @@ def make_need(
 
 def dtype_for(service: Service, gpu: Gpu) -> str:
     """What ``--dtype`` is: GPUs below 8.0 have no bfloat16."""
-    return "float16" if service.dtype == "auto" and gpu.capability < (8, 0) else service.dtype
+    if service.dtype != "auto" or gpu.capability >= (8, 0):
+        return service.dtype
+    return "float32" if engines.float16_is_wrong(service.shape.model_type) else "float16"
 
 
 def valid_tp(service: Service, engine: Engine, expert_parallel: bool = False) -> list[int]:
@@ -399,7 +432,43 @@ def valid_tp(service: Service, engine: Engine, expert_parallel: bool = False) ->
     return sizes
 
 
-def valid_shapes(service: Service, engine: Engine, host_gpus: int, hosts: int, link: str) -> list[Shape]:
+def runs_replicas(engine: Engine, gpu: Gpu) -> bool:
+    """One server of this release runs several engines on this GPU: only the V1 core starts the others."""
+    return engine.core(gpu.capability) == "V1" and engines.has_flag(engine.version, "--data-parallel-size")
+
+
+def replica_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:
+    """Why a release cannot run the replicas that the user asks for, by their number or by one of GPUs, or None."""
+    if service.shape.experts and (service.dp or 1) > 1:
+        if service.expert_parallel is False:
+            return (
+                f"data_parallel_size {service.dp} with enable_expert_parallel false: replicas of a model with experts are "
+                f"planned with the experts spread over them. Leave one of the two out, or make {service.dp} services"
+            )
+        if (service.pp or 1) > 1:
+            return (
+                f"data_parallel_size {service.dp} with pipeline_parallel_size {service.pp}: experts are planned spread over "
+                "replicas of one stage. Leave one of the two out"
+            )
+    gpus = service.gpu_count or len(service.gpu_indices or ())
+    divided = (service.tp or 0) * (service.pp or 1)
+    if service.dp:
+        number, asked = service.dp, f"data_parallel_size {service.dp}"
+    elif gpus and divided and gpus % divided == 0:
+        number, asked = gpus // divided, f"gpus {gpus} with TP {service.tp} x PP {service.pp or 1}"
+    else:
+        return None
+    if number == 1 or runs_replicas(engine, gpu):
+        return None
+    row = load("flags")["flags"]["--data-parallel-size"]
+    return (
+        f"{asked} needs the V1 core of vLLM {row['first']} or newer, which alone starts the other replicas; vLLM "
+        f"{engine.version} has its {engine.core(gpu.capability)} core on compute capability "
+        f"{engines.show(gpu.capability)}: make {number} services of one replica each, on ports of their own"
+    )
+
+
+def valid_shapes(service: Service, engine: Engine, gpu: Gpu, host_gpus: int, hosts: int, link: str) -> list[Shape]:
     """What could be tried for one instance on hosts of ``host_gpus`` equal GPUs with this link, the wanted ones first.
 
     Fewest GPUs first. Over NVLink, TP comes before spreading experts and that before PP; over slower links PP is worth
@@ -419,20 +488,20 @@ def valid_shapes(service: Service, engine: Engine, host_gpus: int, hosts: int, l
                 continue  # leaves GPUs of each host idle
             if not pp_problems(service.shape, pp, engine_version=engine.version):
                 shapes.append(Shape(tp, pp))
-    if service.shape.experts and service.pp in (None, 1) and service.expert_parallel is not False:
-        flags = ("--enable-expert-parallel", "--data-parallel-size")
-        if all(engines.has_flag(engine.version, flag) for flag in flags):
-            shapes += [
-                Shape(tp, 1, dp)
-                for dp in range(2, host_gpus + 1)
-                for tp in valid_tp(service, engine, True)
-                if tp * dp <= host_gpus and service.tp in (None, tp) and service.shape.experts % (tp * dp) == 0
-            ]
-        if service.dp:
-            shapes = [shape for shape in shapes if shape.dp == service.dp]
+    spreads = service.shape.experts and service.pp in (None, 1) and service.expert_parallel is not False
+    if spreads and runs_replicas(engine, gpu) and engines.has_flag(engine.version, "--enable-expert-parallel"):
+        shapes += [
+            Shape(tp, 1, dp)
+            for dp in range(2, host_gpus + 1)
+            for tp in valid_tp(service, engine, True)
+            if tp * dp <= host_gpus and service.tp in (None, tp) and service.shape.experts % (tp * dp) == 0
+        ]
+    if service.shape.experts and service.dp:
+        shapes = [shape for shape in shapes if shape.dp == service.dp]
     gpus = service.gpu_count or len(service.gpu_indices or ())
     if gpus:
-        shapes = [s for s in shapes if (s.world == gpus if service.shape.experts else gpus % s.world == 0)]
+        copies = 1 if service.shape.experts or not runs_replicas(engine, gpu) else service.dp
+        shapes = [s for s in shapes if (s.world * copies == gpus if copies else gpus % s.world == 0)]
 
     def rank(shape: Shape) -> tuple[int, ...]:
         kind = 1 if shape.dp > 1 else 2 if shape.pp > 1 else 0
@@ -557,9 +626,9 @@ class Layout:
         """Needs of a service on ``hosts`` hosts of a team."""
         gpu = team.gpu
         engine, tag, _, _ = self.needs.engine(service, gpu, team.driver)
-        if engine is None:
+        if engine is None or replica_problem(service, engine, gpu):
             return
-        shapes = valid_shapes(service, engine, team.count, 1 if gpu.mig else hosts, team.link)
+        shapes = valid_shapes(service, engine, gpu, team.count, 1 if gpu.mig else hosts, team.link)
         limits = (1.0,) if service.utilization else (engine.gpu_memory_utilization, 1.0)
         for shape in shapes:
             for most in limits:
@@ -573,7 +642,7 @@ class Layout:
         if service.shape.experts:
             return 1
         gpus = service.gpu_count or len(service.gpu_indices or ())
-        return gpus // shape.world if gpus else service.dp or 1
+        return service.dp or (gpus // shape.world if gpus else 1)
 
     # -- placing
 
@@ -665,7 +734,7 @@ class Layout:
             for need in self._variants(service, team, len(team.groups), length, eager):
                 tp, pp, dp = need.shape
                 span = exactly or math.ceil(pp / (team.count // tp))
-                if dp > 1 or span < 2 or pp % span:
+                if dp > 1 or self._copies(service, need.shape) > 1 or span < 2 or pp % span:
                     continue
                 parts = [part for group in team.groups if (part := _pick(group, tp * pp // span, need))]
                 if len(parts) >= span:
@@ -762,7 +831,13 @@ class Layout:
             instance.claim(picked)
             task.instances.append(instance)
             return len(picked)
-        if idle[0].gpu.mig or not engines.has_flag(need.engine.version, "--data-parallel-size"):
+        if idle[0].gpu.mig:
+            return 0
+        if not runs_replicas(need.engine, idle[0].gpu):
+            task.why.append(
+                f"{len(idle)} GPU(s) of {host.name} stay idle: vLLM {need.engine.version} starts no replicas on them; "
+                "another service with the same model can have them"
+            )
             return 0
         if service.shape.experts:
             return self._spread_experts(service, here, idle)

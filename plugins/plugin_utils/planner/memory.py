@@ -489,7 +489,7 @@ def _engine(shape: ModelShape, version: str, capability: tuple[int, int]) -> _En
             # 0.25 prefers another backend, which took nothing in the rows measured.
             fused_reduce=since("0.20.0") and not since("0.25.0"),
             whole_from=LARGE if since("0.20.0") else 1 << 62,
-            chunked_above=32768 if since("0.4.3") else 1 << 62,
+            chunked_above=engine.splits_above(text),
             family="hopper" if capability >= (9, 0) else "other",
         )
     return shape.cache[key]  # type: ignore[no-any-return]
@@ -715,7 +715,7 @@ def engine_memory(
         problems.append(refused)
     if length > shape.max_position and not shape.unbounded:
         problems.append(f"max_model_len {length} is more than the {shape.max_position} tokens of the model's config")
-    if batched < seqs and not facts.v0:
+    if batched < seqs:
         problems.append(f"max_num_batched_tokens {batched} is below max_num_seqs {seqs}")
     if batched < length and shape.model_type in ENCODERS:
         problems.append(

@@ -762,7 +762,7 @@ def _quantization(config: Config, text: Config, wanted: str | None, notes: list[
         ):
             raise PlanError("config.quantization_config.weight_block_size", block, "two whole numbers are needed")
         size = (int(block[0]), int(block[1])) if block else (0, 0)
-        return Quantization("fp8", 8, block=size, scale_bits=32, activation_bits=8, skip_attention=skip)
+        return Quantization(method, 8, block=size, scale_bits=32, activation_bits=8, skip_attention=skip)
     if method in ("compressed-tensors", "compressed_tensors"):
         return _compressed_tensors(raw, notes)
     if method == "mxfp4":
@@ -770,7 +770,7 @@ def _quantization(config: Config, text: Config, wanted: str | None, notes: list[
     if method in ("modelopt", "modelopt_fp4", "nvfp4"):
         algorithm = str(raw.get("quant_algo") or (raw.get("quantization") or {}).get("quant_algo") or "FP8").upper()
         if "FP4" in algorithm:
-            return Quantization(method, 4, 16, 8, activation_bits=4, skip_attention=skip)
+            return Quantization("modelopt_fp4", 4, 16, 8, activation_bits=4, skip_attention=skip)
         return Quantization(method, 8, activation_bits=8, skip_attention=skip)
     if method == "bitsandbytes":
         bits = 8 if read.flag("load_in_8bit", "_load_in_8bit") else 4

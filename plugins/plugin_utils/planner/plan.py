@@ -42,11 +42,13 @@ def make_plan(services: object, hosts: object) -> dict[str, Any]:
     layout.grow()
     servers = _settle_all(layout, ports)
     rows = []
+    listening: dict[tuple[str, int], str] = {}
     for task in layout.tasks:
         settled = [servers[id(instance)] for instance in task.instances]
         _check_sharing(task, layout)
         if task.order in on_cpu:
             settled = on_cpu[task.order]
+        _check_ports(task, layout, settled, listening)
         rows.append(_row(task, layout, settled))
     problems = [f"{row['name']}: {problem}" for row in rows for problem in row["problems"]]
     return {"fits": not problems, "problems": problems, "services": rows, "gpus": _gpu_rows(layout, rows)}
@@ -150,6 +152,20 @@ def _check_sharing(task: Task, layout: Layout) -> None:
                 "give it GPUs of its own, or take engine_version 0.10.0 or newer"
             )
             return
+
+
+def _check_ports(
+    task: Task, layout: Layout, settled: Sequence[Mapping[str, Any]], listening: dict[tuple[str, int], str]
+) -> None:
+    """Two services cannot listen on one port of a host. ``listening``: who does, by host and port."""
+    for server in settled:
+        # Of several hosts the first one listens.
+        host = next(host.name for host in layout.hosts if host.name in server["hosts"])
+        other = listening.setdefault((host, server["port"]), task.service.name)
+        if other != task.service.name:
+            task.problems.append(
+                f"port {server['port']} of {host} is {other}'s already: set another port of the service, or leave it out"
+            )
 
 
 def _ports(services: Sequence[Service]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from .engine import Engine
 from .hardware import Host
 from .layout import (
     MIB,
+    SHORTEST_CONTEXT,
     Layout,
     Need,
     Needs,
@@ -23,8 +24,11 @@ from .layout import (
     Team,
     batches,
     by_kind,
+    dtype_for,
     eligible,
+    longest_prompt,
     memory_arguments,
+    replica_problem,
     usual_lengths,
     valid_shapes,
     valid_tp,
@@ -58,6 +62,16 @@ def refuse(task: Task, layout: Layout, holds: Holds) -> list[str]:
     engine, _, problems, _ = layout.needs.engine(service, gpu, team.driver)
     if engine is None:
         return problems
+    if problem := replica_problem(service, engine, gpu):
+        return [problem]
+    whole, length = longest_prompt(service, engine, gpu), service.max_model_len or SHORTEST_CONTEXT
+    if whole and length > whole:
+        return [
+            f"max_num_batched_tokens {whole} is below max_model_len {length}, and the V0 core of vLLM {engine.version} does "
+            f"not split prompts: set max_num_batched_tokens {length} or leave it out, or lower max_model_len to {whole}"
+            # Volta's kernels cannot work on a part of a prompt.
+            + (", or give extra_args --enable-chunked-prefill" if gpu.capability >= (7, 5) else "")
+        ]
     valid = valid_tp(service, engine, bool(service.expert_parallel))
     if service.tp and service.tp not in valid:
         reasons = tp_problems(
@@ -80,6 +94,8 @@ def refuse(task: Task, layout: Layout, holds: Holds) -> list[str]:
         return [
             f"{asked} GPUs are asked for and {total} of one kind are there ({gpu.name}, {gpu.memory_total_mib} MiB)"
         ]
+    if (service.dp or 1) > 1 and asked > team.count:
+        return [_apart(service, team, asked)]
     if service.hosts is not None and (problem := _uneven(service, team)):
         return [problem]
     return _too_little(service, team, engine, total, holds)
@@ -138,12 +154,19 @@ def _uneven(service: Service, team: Team) -> str | None:
     return f"{text}. Set pipeline_parallel_size {possible}, or name other hosts"
 
 
+def _apart(service: Service, team: Team, gpus: int) -> str:
+    return (
+        f"data_parallel_size {service.dp}: the replicas of one server are on one host, and {gpus} GPUs are more than the "
+        f"{team.count} of one. Make a service for each, on ports of their own"
+    )
+
+
 def _too_little(service: Service, team: Team, engine: Engine, total: int, holds: Holds) -> list[str]:
     """The arithmetic of the layout that comes nearest, and what would help."""
     gpu, count, link = team.gpu, team.count, team.link
     group = [place for part in team.groups for place in part]
     hosts = len(team.groups) if len(team.groups) > 1 else max(1, total // len(group))
-    shapes = valid_shapes(service, engine, count, hosts, link)
+    shapes = valid_shapes(service, engine, gpu, count, hosts, link)
     if not shapes:
         sizes = [tp for tp in valid_tp(service, engine) if tp <= count]
         if service.tp and service.tp > count and sizes and service.tp % sizes[-1] == 0:
@@ -155,13 +178,20 @@ def _too_little(service: Service, team: Team, engine: Engine, total: int, holds:
                 + (f"{way} is not possible, either: {never[0]}" if never else way)
             ]
         possible = ", ".join(map(str, sizes))
-        return [f"no layout of {count} GPUs is possible: TP can be {possible or 'none'}"]
+        gpus = service.gpu_count or len(service.gpu_indices or ()) or count
+        copies = f" and data_parallel_size {service.dp}" if service.dp else ""
+        return [f"no layout of {gpus} GPUs{copies} is possible: TP can be {possible or 'none'}"]
     shape = max(shapes, key=lambda shape: shape.world)
-    length = service.max_model_len or min(usual_lengths(service)[0], SHORT_CONTEXT)
+    whole = longest_prompt(service, engine, gpu)
+    length = service.max_model_len or min(usual_lengths(service)[0], whole or SHORT_CONTEXT, SHORT_CONTEXT)
     tokens, seqs = list(batches(service, gpu, engine, length))[-1]
     eager = service.enforce_eager is not False
     need = Needs().find(service, gpu, engine, "", length, shape, eager, 1.0, True)
     if need and all(place.free >= need.room for place in group):
+        if not service.shape.experts and (service.dp or 1) > 1:
+            fitting = (s for s in shapes if Needs().find(service, gpu, engine, "", length, s, eager, 1.0, True))
+            if (least := min(s.world for s in fitting) * (service.dp or 1)) > count:
+                return [_apart(service, team, least)]
         return [
             f"{words(shape)} fits on GPUs like these, but not on these hosts: each one gets the same number of stages, "
             f"at most {count // shape.tp} of them. Set pipeline_parallel_size to another number, or leave it out"
@@ -237,7 +267,7 @@ def _ways_out(service: Service, team: Team, engine: Engine, length: int, holds: 
         needs = Needs()
         eager = [other.enforce_eager] if other.enforce_eager is not None else [False] if graphs else [False, True]
         for choice in eager:
-            for shape in valid_shapes(other, engine, gpus, hosts, link):
+            for shape in valid_shapes(other, engine, gpu, gpus, hosts, link):
                 if need := needs.find(other, gpu, engine, "", tokens, shape, choice, 1.0, False):
                     return need
         return None
@@ -268,11 +298,13 @@ def _ways_out(service: Service, team: Team, engine: Engine, length: int, holds: 
             if longest and (found := least(keys, replace(service, max_model_len=longest))):
                 ways.append(_way(f"max_model_len {longest} fits", *found))
                 break
-    if service.shape.quantization is None:
+    if service.shape.quantization is None and dtype_for(service, gpu) != "float32":
         for method, label, share in (("fp8", "8 bits (FP8)", 0.5), ("awq", "4 bits (AWQ, GPTQ)", 0.28)):
             weights = service.shape.parameters * 2 / 1024**3 * share
             smaller = replace(service, shape=replace(service.shape, weights_gib=weights, cache={}))
-            if engines.quantization_problem(method, gpu.capability) or not find(_without(smaller, asked), length):
+            if engines.quantization_problem(engine.version, method, gpu.capability) or not find(
+                _without(smaller, asked), length
+            ):
                 continue
             if found := least(asked, smaller):
                 ways.append(_way(f"weights of {label} fit on these GPUs", *found))

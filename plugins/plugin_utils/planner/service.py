@@ -126,6 +126,12 @@ class Service:
         return self.shape.kind == "pool"
 
     @property
+    def splits_prompts(self) -> bool:
+        """``extra_args`` tell the V0 core to split prompts."""
+        told = _given([arg.replace("_", "-") for arg in self.extra_args], "--enable-chunked-prefill")
+        return told is not None and told.lower() != "false"
+
+    @property
     def needs_code(self) -> bool:
         """The model's repository brings code that has to run."""
         return bool(self.entry.get("trust_remote_code")) or self.shape.trust_remote_code
@@ -329,7 +335,7 @@ def parse_services(raw: object) -> list[Service]:
     """All services in the order given.
 
     Raises:
-        PlanError: not a list, none, two of one name or of one port on the same hosts.
+        PlanError: not a list, none, or two of one name.
     """
     services = [parse_service(item, number) for number, item in enumerate(sequence(raw, "vllm_services"))]
     if not services:

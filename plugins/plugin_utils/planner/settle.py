@@ -21,6 +21,7 @@ from .layout import (
     Task,
     batches,
     dtype_for,
+    longest_prompt,
     memory_arguments,
     oldest_driver,
     spanning_problem,
@@ -101,6 +102,7 @@ class _Server:
     def longest(self) -> int:
         """The longest context, up to the model's own, that leaves ``min_concurrency`` requests."""
         low, high = self.need.max_model_len, max(self.service.shape.max_position, self.need.max_model_len)
+        high = min(high, longest_prompt(self.service, self.need.engine, self.gpu) or high)
         if self.holds(high, self.tokens_for(high), self.seqs):
             return high
         while high - low > 1:
@@ -148,6 +150,12 @@ def _executor(task: Task, instance: Instance) -> str:
             task.problems.append(
                 f"vLLM {need.engine.version} has executor {', '.join(need.engine.executors)}, not {service.executor}"
             )
+        elif service.executor == "ray" and not need.engine.ray and not service.image:
+            # The roles add it to servers over several hosts, whose nodes they run.
+            task.problems.append(
+                f"executor ray: vLLM {need.engine.version} comes without Ray, and on one host nothing adds it: leave executor "
+                "out, or set image to one with Ray"
+            )
         return service.executor
     return "uni" if instance.shape.tp * instance.shape.pp == 1 else need.engine.executors[0]
 
@@ -183,9 +191,10 @@ def command_line(service: Service, version: str, settings: Mapping[str, Any], ex
     args += option("--kv-cache-dtype", service.kv_cache_dtype if service.kv_cache_dtype != "auto" else None)
     args += option("--trust-remote-code", service.trust_remote_code)
     args += task_flags(service, version)
-    # The V0 core splits prompts on its own above this, which Volta's kernels cannot do.
-    if settings["engine_core"] == "V0" and settings["max_model_len"] > 32768 and option("--enable-chunked-prefill"):
-        args.append("--enable-chunked-prefill=False")
+    # Volta's kernels cannot work on a part of a prompt.
+    splits = settings["engine_core"] == "V0" and settings["max_model_len"] > engines.splits_above(version)
+    if splits and not service.splits_prompts:
+        args += engines.disabled(version, "--enable-chunked-prefill")
     return [*args, *extra]
 
 
@@ -335,7 +344,8 @@ def explain(task: Task, layout: Layout, settled: Mapping[str, Any]) -> list[str]
         floor = engines.show(need.engine.v0_below)
         why.append(f"VLLM_USE_V1=0: the V1 core of {need.engine.version} needs compute capability {floor}")
     if service.dtype == "auto" and gpu.capability < (8, 0):
-        why.append(f"float16: compute capability {engines.show(gpu.capability)} has no bfloat16")
+        wrong = f", and {service.shape.model_type} is wrong in float16" if settled["dtype"] == "float32" else ""
+        why.append(f"{settled['dtype']}: compute capability {engines.show(gpu.capability)} has no bfloat16{wrong}")
     why += _why_parallel(task, settled)
     why += _why_memory(task, layout, settled)
     kinds = {place.gpu.kind for place in layout.places[host.name]}
@@ -409,7 +419,7 @@ def _on_fewer_hosts(service: Service, instance: Instance, length: int) -> tuple[
     free = replace(service, tp=None, pp=None, dp=None, gpu_count=None, gpu_indices=None)
     engine, needs = instance.need.engine, Needs()
     for number in range(1, len(instance.hosts)):
-        for shape in valid_shapes(free, engine, len(gpus), number, place.host.link(gpus)):
+        for shape in valid_shapes(free, engine, place.gpu, len(gpus), number, place.host.link(gpus)):
             need = needs.find(free, place.gpu, engine, "", length, shape, False, 1.0, False)
             if need and need.room <= room and shape.pp % number == 0:
                 return number, need

@@ -364,7 +364,7 @@ def test_a_block_that_is_none_or_another_ones_is_not_taken(noted: object) -> Non
         ({"tensor_parallel_size": 3}, "TP 3 is not possible: 4 attention heads"),
         ({"tensor_parallel_size": 1, "pipeline_parallel_size": 3}, "PP 3 is not possible: 2 layers"),
         ({"tensor_parallel_size": 1, "pipeline_parallel_size": 2}, "and ends at the first request"),
-        ({"tensor_parallel_size": 2, "executor": "ray"}, "over CPUs of several hosts it is mp"),
+        ({"tensor_parallel_size": 2, "executor": "ray"}, "on CPUs it is mp"),
         ({"tensor_parallel_size": 2, "engine_version": "0.11.0"}, "executor mp does not span hosts in vLLM 0.11.0"),
     ],
 )

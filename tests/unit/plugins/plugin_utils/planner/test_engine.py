@@ -168,7 +168,19 @@ def test_flags_are_read_in_all_their_spellings() -> None:
 
 
 def test_quantized_weights_need_their_gpu() -> None:
-    assert "need compute capability 7.5" in str(engines.quantization_problem("awq", VOLTA))
-    assert engines.quantization_problem("gptq", VOLTA) is None
-    assert engines.quantization_problem("fp8", AMPERE) is None
-    assert engines.quantization_problem(None, VOLTA) is None
+    assert "need compute capability 7.5" in str(engines.quantization_problem("0.25.1", "awq", VOLTA))
+    assert engines.quantization_problem("0.25.1", "gptq", VOLTA) is None
+    assert engines.quantization_problem("0.25.1", "fp8", AMPERE) is None
+    assert engines.quantization_problem("0.25.1", None, VOLTA) is None
+    for method in ("mxfp4", "fbgemm_fp8", "experts_int8", "modelopt_mxfp8"):
+        assert "need compute capability 8.0, the GPU has 7.5" in str(
+            engines.quantization_problem("0.25.1", method, (7, 5))
+        )
+        assert engines.quantization_problem("0.25.1", method, AMPERE) is None
+
+
+def test_the_gpu_that_quantized_weights_need_follows_the_release() -> None:
+    assert "8.9 in vLLM 0.25.1" in str(engines.quantization_problem("0.25.1", "modelopt", AMPERE))
+    assert engines.quantization_problem("0.30.0", "modelopt", AMPERE) is None
+    assert "8.0 in vLLM 0.10.2" in str(engines.quantization_problem("0.10.2", "modelopt_fp4", (7, 5)))
+    assert engines.quantization_problem("0.25.1", "modelopt_fp4", (7, 5)) is None

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.tables impo
 SMALL = "Qwen/Qwen2.5-1.5B"
 MIDDLE = "Qwen/Qwen2.5-7B-Instruct"
 LARGE = "Qwen/Qwen3-32B"
+CONFIGS = json.loads((Path(__file__).parents[4] / "benchmarks" / "truth" / "configs.json").read_text())
+LLAMA = load("models")["models"]["mistralai/Mistral-7B-v0.1"]["config"]
 
 
 def plan(there: Any, *services: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +83,45 @@ def test_the_smallest_tp_that_holds_it() -> None:
     assert any("TP 1 does not hold the weights" in line for line in row["why"])
 
 
+@pytest.mark.parametrize(
+    ("there", "service"),
+    [
+        ("2x V100-PCIE-32GB", {"max_model_len": 8192}),
+        ("3x(2x V100-PCIE-16GB no-p2p)", {"model": SMALL}),
+        ("2x T4", {"model": SMALL, "engine_version": "0.10.2"}),
+        ("2x V100-PCIE-32GB", {"model": SMALL, "data_parallel_size": 1}),
+    ],
+)
+def test_the_v0_core_is_planned_without_replicas(there: Any, service: dict[str, Any]) -> None:
+    row = one(there, **service)
+    assert row["fits"] and row["engine_core"] == "V0"
+    assert [(sizes(item), len(item["gpu_uuids"])) for item in row["instances"]] == [((1, 1, 1), 1)] * len(row["hosts"])
+    assert value(row, "--data-parallel-size") is None
+    idle = any("1 GPU(s) of host1 stay idle" in line for line in row["why"])
+    assert idle == ("data_parallel_size" not in service)
+
+
+@pytest.mark.parametrize(
+    ("there", "service", "told"),
+    [
+        ("2x V100-PCIE-32GB", {"data_parallel_size": 2}, "data_parallel_size 2 needs the V1 core"),
+        ("2x V100-PCIE-32GB", {"gpus": 2, "tensor_parallel_size": 1}, "gpus 2 with TP 1 x PP 1 needs the V1 core"),
+        ("2x A10", {"engine_version": "0.7.2", "data_parallel_size": 2}, "data_parallel_size 2 needs the V1 core"),
+        ("2x A10", {"engine_version": "0.8.2", "data_parallel_size": 2}, "of vLLM 0.8.3 or newer"),
+    ],
+)
+def test_replicas_that_nothing_would_start_are_refused(there: Any, service: dict[str, Any], told: str) -> None:
+    row = one(there, model=SMALL, **service)
+    assert told in row["problems"][0]
+    assert "make 2 services of one replica each, on ports of their own" in row["problems"][0]
+
+
+def test_a_number_of_gpus_is_one_wide_server_where_there_are_no_replicas() -> None:
+    for there, version in (("2x V100-PCIE-32GB", None), ("2x A10", "0.7.2")):
+        row = one(there, model=SMALL, gpus=2, engine_version=version)
+        assert (sizes(row), value(row, "--tensor-parallel-size")) == ((2, 1, 1), "2")
+
+
 def test_embedding_models_are_not_replicated() -> None:
     assert sizes(one("4x A10", model="BAAI/bge-m3")) == (1, 1, 1)
 
@@ -134,6 +177,138 @@ def test_extra_arguments_come_last_and_env_goes_through() -> None:
     row = one("1x H200", extra_args=["--seed", "7"], env={"A": 1})
     assert row["args"][-2:] == ["--seed", "7"]
     assert row["env"] == {"A": "1"}
+
+
+@pytest.mark.parametrize(
+    ("there", "version", "flag"),
+    [
+        ("2x V100-PCIE-32GB", "0.8.5.post1", ["--no-enable-chunked-prefill"]),
+        ("1x A100-SXM4-80GB", "0.8.4", []),  # V1
+        ("1x A100-SXM4-80GB", "0.7.2", ["--enable-chunked-prefill=False"]),
+        ("1x A100-SXM4-80GB", "0.5.3", ["--enable-chunked-prefill=False"]),
+        ("1x A100-SXM4-80GB", "0.5.2", []),  # a switch that is off by itself
+    ],
+)
+def test_long_prompts_are_not_split_by_the_v0_core(there: str, version: str, flag: list[str]) -> None:
+    service = {"model": "mistralai/Mistral-7B-v0.1", "config": {**LLAMA, "max_position_embeddings": 65536}}
+    row = one(there, **service, engine_version=version, max_model_len=40960, max_num_seqs=16)
+    assert row["fits"], row["problems"]
+    assert [arg for arg in row["args"] if "chunked-prefill" in arg] == flag
+    asked = one(there, **service, engine_version=version, max_model_len=40960, extra_args=["--enable_chunked_prefill"])
+    assert [arg for arg in asked["args"] if "chunked" in arg] == ["--enable_chunked_prefill"]
+
+
+@pytest.mark.parametrize(
+    ("there", "service", "ways"),
+    [
+        (
+            "2x V100-PCIE-16GB no-p2p",
+            {
+                "tensor_parallel_size": 2,
+                "max_model_len": 4096,
+                "enforce_eager": True,
+                "gpu_memory_utilization": 0.85,
+            },
+            "set max_num_batched_tokens 4096 or leave it out, or lower max_model_len to 2048",
+        ),
+        (
+            "1x A10",
+            {"model": SMALL, "engine_version": "0.7.2", "max_model_len": 32768},
+            "set max_num_batched_tokens 32768 or leave it out, or lower max_model_len to 2048, or give extra_args "
+            "--enable-chunked-prefill",
+        ),
+    ],
+)
+def test_a_batch_that_holds_no_whole_prompt_is_refused_on_the_v0_core(
+    there: str, service: dict[str, Any], ways: str
+) -> None:
+    row = one(there, max_num_batched_tokens=2048, **service)
+    (problem,) = row["problems"]
+    assert f"max_num_batched_tokens 2048 is below max_model_len {service['max_model_len']}" in problem
+    assert problem.endswith(f"does not split prompts: {ways}")
+
+
+def test_a_batch_on_the_v0_core_limits_a_context_that_nobody_set() -> None:
+    row = one("1x A10", model=SMALL, engine_version="0.7.2", max_num_batched_tokens=3000)
+    assert (row["max_model_len"], row["max_num_batched_tokens"]) == (3000, 3000)
+    split = one(
+        "1x A10",
+        model=SMALL,
+        engine_version="0.7.2",
+        max_model_len=32768,
+        max_num_batched_tokens=2048,
+        extra_args=["--enable-chunked-prefill"],
+    )
+    assert split["fits"] and value(split, "--max-num-batched-tokens") == "2048"
+    assert one("1x A10", model=SMALL, max_model_len=32768, max_num_batched_tokens=2048)["fits"]
+    few = one("1x A10", model=SMALL, engine_version="0.7.2", max_model_len=128, max_num_batched_tokens=128)
+    assert few["max_num_seqs"] <= 128  # vLLM refuses more
+
+
+@pytest.mark.parametrize(
+    ("there", "service", "told"),
+    [
+        (
+            "2x H200",
+            {"model": "experts", "data_parallel_size": 2, "enable_expert_parallel": False},
+            "data_parallel_size 2 with enable_expert_parallel false",
+        ),
+        (
+            "4x H200",
+            {"model": "experts", "data_parallel_size": 2, "pipeline_parallel_size": 2},
+            "data_parallel_size 2 with pipeline_parallel_size 2",
+        ),
+        (
+            "2x(4x A10)",
+            {
+                "data_parallel_size": 2,
+                "tensor_parallel_size": 2,
+                "pipeline_parallel_size": 2,
+                "hosts": ["host1", "host2"],
+            },
+            "data_parallel_size 2: the replicas of one server are on one host, and 8 GPUs are more than the 4 of one",
+        ),
+        (
+            "2x(4x A10)",
+            {"model": LARGE, "data_parallel_size": 2},
+            "data_parallel_size 2: the replicas of one server are on one host, and 8 GPUs are more than the 4 of one",
+        ),
+        ("4x H200", {"data_parallel_size": 3, "gpus": 4}, "no layout of 4 GPUs and data_parallel_size 3 is possible"),
+        (
+            "2x A10",
+            {"tensor_parallel_size": 2, "executor": "ray", "max_model_len": 4096},
+            "executor ray: vLLM 0.25.1 comes without Ray",
+        ),
+    ],
+)
+def test_what_is_set_is_not_dropped(there: str, service: dict[str, Any], told: str) -> None:
+    config = {"config": CONFIGS["qwen3-30b-a3b"]} if service.get("model") == "experts" else {}
+    row = one(there, **service, **config)
+    assert not row["fits"] and told in row["problems"][0]
+
+
+def test_numbers_of_gpus_and_replicas_are_kept_together() -> None:
+    assert sizes(one("4x H200", data_parallel_size=2, gpus=4)) == (2, 1, 2)
+    assert sizes(one("4x H200", data_parallel_size=2, pipeline_parallel_size=2)) == (1, 2, 2)
+    spread = one("2x H200", model="experts", config=CONFIGS["qwen3-30b-a3b"], data_parallel_size=2)
+    assert sizes(spread) == (1, 1, 2) and "--enable-expert-parallel" in spread["args"]
+
+
+def test_ray_on_one_host_is_the_images() -> None:
+    for more in ({"image": "registry.example/vllm-ray:1"}, {"engine_version": "0.8.5.post1"}):
+        row = one("2x A10", tensor_parallel_size=2, executor="ray", max_model_len=4096, **more)
+        assert row["fits"] and value(row, "--distributed-executor-backend") == "ray"
+
+
+def test_two_services_on_one_port_of_a_host_are_refused() -> None:
+    asked = [{"model": SMALL, "port": 8000}, {"model": MIDDLE, "port": 8000}]
+    result = plan("2x A10", *asked)
+    assert result["problems"] == [
+        "service1: port 8000 of host1 is service0's already: set another port of the service, or leave it out"
+    ]
+    assert "port 8000 of box is service0's" in plan(CPU, asked[0], asked[0])["problems"][0]
+    apart = [{**service, "hosts": [f"host{number}"]} for number, service in enumerate(asked, 1)]
+    assert plan("2x(1x A10)", *apart)["fits"]
 
 
 def test_an_extra_argument_that_the_plan_decides_is_refused() -> None:
@@ -367,6 +542,64 @@ def test_a_release_that_cannot_divide_the_model_as_asked_is_not_taken(
     assert row["fits"], row["problems"]
     assert row["engine_version"] == version
     assert any(why in line for line in row["why"]), row["why"]
+
+
+@pytest.mark.parametrize(
+    ("there", "head", "version"),
+    [
+        ("2x V100-PCIE-32GB", 256, "0.8.5.post1"),
+        # The V1 core's attention holds no heads of 1024 bytes on these.
+        ("1x RTX-2080-Ti-22GB", 256, "0.10.2"),
+        ("1x RTX-2080-Ti-22GB", 128, "0.25.1"),
+    ],
+)
+def test_a_model_that_is_wrong_in_float16_is_planned_in_float32(there: str, head: int, version: str) -> None:
+    row = one(there, model="gemma", config={**CONFIGS["gemma-2-2b"], "head_dim": head})
+    assert row["fits"], row["problems"]
+    assert (value(row, "--dtype"), row["dtype"], row["engine_version"]) == ("float32", "float32", version)
+    assert any("gemma2 is wrong in float16" in line for line in row["why"])
+    half = one("1x A10", model="gemma", config={**CONFIGS["gemma-2-2b"], "head_dim": head})
+    assert value(half, "--dtype") is None
+    assert row["memory"]["weights_gib"] == pytest.approx(2 * half["memory"]["weights_gib"], rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("there", "service", "told"),
+    [
+        (
+            "1x A10",
+            {"dtype": "float16"},
+            "refuses dtype float16 for gemma2, which is wrong in it: leave it out, or give bf",
+        ),
+        ("1x RTX-2080-Ti-22GB", {"dtype": "float16"}, "leave it out, or give float32"),
+        ("1x RTX-2080-Ti-22GB", {"quant": {"quant_method": "awq", "bits": 4}}, "awq weights do not run beside float32"),
+        (
+            "1x A10",
+            {"quant": {"quant_method": "awq", "bits": 4}, "dtype": "float32"},
+            "beside dtype float32: leave it out",
+        ),
+        ("1x RTX-2080-Ti-22GB", {"engine_version": "0.25.1"}, "heads of at most 512 bytes on compute capability 7.5"),
+    ],
+)
+def test_a_dtype_that_cannot_be_is_refused(there: str, service: dict[str, Any], told: str) -> None:
+    config = {**CONFIGS["gemma-2-2b"], "quantization_config": service.pop("quant", None)}
+    row = one(there, model="gemma", config=config, **service)
+    assert told in row["problems"][0]
+
+
+def test_weights_that_a_gpu_cannot_run_are_refused() -> None:
+    row = one("1x RTX-2080-Ti-22GB", model="openai/gpt-oss-20b", config=CONFIGS["gpt-oss-20b"])
+    assert row["problems"] == ["mxfp4 weights need compute capability 8.0, the GPU has 7.5"]
+    config = {**CONFIGS["llama-3.1-8b"], "quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}
+    assert any("not vLLM 0.25.1: modelopt weights" in line for line in one("1x A10", model="fp8", config=config)["why"])
+    assert one("1x L4", model="fp8", config=config)["engine_version"] == "0.25.1"
+    asked = one("1x A10", model="fp8", config=config, engine_version="0.25.1")
+    assert asked["problems"] == [
+        "modelopt weights need compute capability 8.9 in vLLM 0.25.1, the GPU has 8.6",
+        "engine_version 0.33.0 can",
+    ]
+    config = {**CONFIGS["llama-3.1-8b"], "quantization_config": {"quant_method": "fbgemm_fp8"}}
+    assert "fbgemm_fp8 weights need compute capability 8.0" in one("1x T4", model="fp8", config=config)["problems"][0]
 
 
 def test_a_gpu_that_nothing_supports_is_refused() -> None:

@@ -249,7 +249,7 @@ def test_a_field_that_nobody_knows_is_asked_for_where_it_can_be_given() -> None:
         (FP8_BLOCKS, "fp8", 8),
         ({"quant_method": "mxfp4"}, "mxfp4", 4),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes", 4),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt", 4),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt_fp4", 4),
         (CONFIGS["llama-3.1-8b-w4a16"]["quantization_config"], "compressed-tensors", 4),
         (CONFIGS["llama-3.1-8b-w8a8-fp8"]["quantization_config"], "compressed-tensors", 8),
     ],
