@@ -78,3 +78,8 @@ def test_tls_switched_off(
     render: Callable[..., Any], role_vars: Callable[..., dict[str, Any]], said: Any, tls: str
 ) -> None:
     assert render("{{ __proxy_tls }}", **role_vars("proxy", "main") | {"proxy_tls": said}) == tls
+
+
+@pytest.mark.parametrize("said", [["chat", "embed"], "chat,embed"])
+def test_names_of_services(render: Callable[..., Any], role_vars: Callable[..., dict[str, Any]], said: Any) -> None:
+    assert render("{{ __bench_names }}", **role_vars("bench", "main") | {"bench_services": said}) == ["chat", "embed"]
