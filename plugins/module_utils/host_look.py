@@ -28,6 +28,15 @@ def which(name):
     return shutil.which(name, path=PATHS) or ""
 
 
+def names_of(folder):
+    """What links in /proc may call a folder whose path is given.
+
+    The kernel resolves links: a process below /var/lib/vllm works in /data/vllm if the one leads to the other. In a container the
+    folder is mounted under the path as it is written, and there no link is.
+    """
+    return {os.path.normpath(folder), os.path.realpath(folder)}
+
+
 def execute(argv, timeout, errors=True, path=PATHS):
     """(status, output) of a command. Raises OSError where it cannot be run, TimeoutExpired after C(timeout) seconds.
 

@@ -167,7 +167,7 @@ from subprocess import TimeoutExpired
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import PATHS, execute
+from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import PATHS, execute, names_of
 
 NVIDIA_VENDOR = "0x10de"
 DISPLAY_CLASS = "0x03"  # PCI base class: display controllers, both "VGA" and "3D"
@@ -374,13 +374,13 @@ def compute_apps(text):
 
 def own_processes(own_paths, root="/"):
     """Process ids, as text, of processes that work below own_paths."""
-    found = set()
-    for link in glob.glob(os.path.join(root, "proc/[0-9]*/cwd")) if own_paths else []:
+    found, names = set(), {name for path in own_paths for name in names_of(path)}
+    for link in glob.glob(os.path.join(root, "proc/[0-9]*/cwd")) if names else []:
         try:
             folder = os.readlink(link)
         except OSError:
             continue  # it has gone, or is another user's
-        if any(folder == path or folder.startswith(path.rstrip("/") + "/") for path in own_paths):
+        if any(folder == path or folder.startswith(path.rstrip("/") + "/") for path in names):
             found.add(link.split("/")[-2])
     return found
 

@@ -24,6 +24,11 @@ options:
     type: list
     elements: int
     default: []
+  folders:
+    description: Working folders that a C(cwd) of RV(listeners) is compared with. One that is a link is told by the name that it has here.
+    type: list
+    elements: path
+    default: []
   pythons:
     description: Names or paths of interpreters to try, in order of preference.
     type: list
@@ -111,7 +116,8 @@ libraries:
 listeners:
   description:
     - For each port that is taken, C(pid), C(command) and C(cwd) of a listener; empty where this user may not see them.
-    - The working folder tells one's own server from another; vLLM changes its command line.
+    - The working folder tells one's own server from another; vLLM changes its command line. It is the real path, or that of O(folders)
+      which leads there.
   returned: success
   type: dict
   sample: {"8000": {"pid": 12, "command": "nginx: master process", "cwd": "/"}}
@@ -142,6 +148,8 @@ import pwd
 import re
 
 from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import names_of
 
 LISTEN = "0A"  # state column of /proc/net/tcp
 ASK_PYTHON = (
@@ -249,18 +257,21 @@ def listening_inodes(ports):
     return found
 
 
-def owners(inodes):
-    """Inode -> pid, command line and working folder of a process that holds the socket."""
+def owners(inodes, folders=()):
+    """Inode -> pid, command line and working folder of a process that holds the socket. Named as in C(folders) where it is one of these:
+    what compares it is on the controller, where the links of this host cannot be resolved."""
     wanted, found = set(inodes), {}
+    asked = {name: folder for folder in folders for name in names_of(folder)}
     for link in glob.glob("/proc/[0-9]*/fd/*") if wanted else []:
         try:
             match = re.match(r"socket:\[(\d+)\]$", os.readlink(link))
             if match and match.group(1) in wanted:
                 pid = link.split("/")[2]
+                cwd = os.readlink("/proc/%s/cwd" % pid)
                 found[match.group(1)] = {
                     "pid": int(pid),
                     "command": " ".join(read("/proc/%s/cmdline" % pid).split("\0")).strip(),
-                    "cwd": os.readlink("/proc/%s/cwd" % pid),
+                    "cwd": asked.get(cwd, cwd),
                 }
         except (IOError, OSError):
             continue  # the process has gone, or is another user's
@@ -286,6 +297,7 @@ def main():
     module = AnsibleModule(
         argument_spec={
             "paths": {"type": "list", "elements": "path", "default": []},
+            "folders": {"type": "list", "elements": "path", "default": []},
             "ports": {"type": "list", "elements": "int", "default": []},
             "pythons": {"type": "list", "elements": "str", "default": []},
             "files": {"type": "list", "elements": "path", "default": []},
@@ -298,7 +310,7 @@ def main():
         supports_check_mode=True,
     )
     inodes = listening_inodes(set(module.params["ports"]))
-    holders = owners(inodes.values())
+    holders = owners(inodes.values(), module.params["folders"])
     files = {}
     for path in sum((sorted(glob.glob(name)) if "*" in name else [name] for name in module.params["files"]), []):
         try:

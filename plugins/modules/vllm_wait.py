@@ -33,7 +33,7 @@ options:
   folder:
     description:
       - Working folder of the server. An answer counts only if a process that works there listens on the port of O(url),
-        since another server may share it. Needs the right to see the server's processes.
+        since another server may share it. May be a link. Needs the right to see the server's processes.
     type: path
   model_path:
     description: Folder of the weights, for O(timeout=0).
@@ -143,6 +143,8 @@ from urllib.request import ProxyHandler, build_opener
 
 from ansible.module_utils.basic import AnsibleModule
 
+from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import names_of
+
 # The line that says why: an exception at the end of a traceback, the argument parser's complaint, or what pydantic found
 # (its exception only counts errors). Before it, which processes pass it on.
 CAUSE = re.compile(
@@ -195,7 +197,7 @@ def healthy(opener, url):
 
 def listens(folder, port):
     """Whether a process that works in the folder listens on the port."""
-    inodes = set()
+    inodes, names = set(), names_of(folder)
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         try:
             with open(table) as handle:
@@ -207,7 +209,7 @@ def listens(folder, port):
         )
     for link in glob.glob("/proc/[0-9]*/cwd") if inodes else []:
         try:
-            if os.readlink(link) == folder:
+            if os.readlink(link) in names:
                 sockets = glob.glob(os.path.dirname(link) + "/fd/*")
                 if any(os.readlink(socket) in inodes for socket in sockets):
                     return True

@@ -32,6 +32,10 @@ class Site:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.services = {name: {"port": port, "env": {"MARKER": "a"}} for name, port in PORTS.items()}
+        # A disk for data, as hosts have it: the kernel tells the real paths of what works there.
+        (folder / "disk").mkdir()
+        (folder / "v").mkdir()
+        (folder / "v/state").symlink_to("../disk")
         python = folder / "python"
         python.write_text(f'#!/bin/sh\nPYTHONPATH=$PYTHONPATH:{STANDIN} exec /usr/bin/python3 "$@"\n')
         python.chmod(0o755)
@@ -52,7 +56,7 @@ class Site:
         }  # fmt: skip
 
     def play(self, playbook: str = "site.yml", *arguments: str) -> tuple[str, int]:
-        """(output, changed); the output of a failed run has the word failed=1."""
+        """(output, changed); -1 is of a run that failed, whose output has the word failed=1."""
         inventory = self.folder / "hosts.yml"
         host = {
             "ansible_connection": "local",
@@ -81,7 +85,7 @@ class Site:
         )
         match = RECAP.search(done.stdout)
         assert match, done.stdout[-4000:]
-        return done.stdout, int(match[1])
+        return done.stdout, -1 if int(match[2]) else int(match[1])
 
     def ask(self, name: str) -> dict[str, Any]:
         key = (self.folder / "v/config" / name / "api_key").read_text().strip()
@@ -103,7 +107,7 @@ def site() -> Iterator[Site]:
 
 def test_a_second_run_changes_nothing(site: Site) -> None:
     output, changed = site.play()
-    assert changed > 0 and "failed=0" in output, output[-4000:]
+    assert changed > 0, output[-4000:]
     assert json.loads((site.folder / "v/config/one/measured.json").read_text())["measured"]["kv_cache_tokens"] == 131072
     assert site.play()[1] == 0
 
@@ -169,7 +173,7 @@ def test_what_is_not_listed_any_more_is_removed(site: Site) -> None:
     before = site.ask("one")
     del site.services["two"]
     output, changed = site.play()
-    assert changed > 0 and "failed=0" in output
+    assert changed > 0, output[-4000:]
     assert site.ask("one") == before
     assert not (site.folder / "v/config/two").exists()
     with pytest.raises(OSError):

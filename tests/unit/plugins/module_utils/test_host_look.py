@@ -31,6 +31,15 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
     return make
 
 
+def test_what_a_folder_is_called_in_proc(tmp_path: Path) -> None:
+    """By its real path, and in a container, where the folder is mounted, by the one that is written."""
+    (tmp_path / "disk/chat").mkdir(parents=True)
+    (tmp_path / "state").symlink_to("disk")
+    here, there = f"{tmp_path}/state/chat", f"{tmp_path}/disk/chat"
+    assert host_look.names_of(here) == host_look.names_of(f"{tmp_path}/state//chat/") == {here, there}
+    assert host_look.names_of(there) == {there}
+
+
 @pytest.mark.parametrize(
     ("text", "options", "error"),
     [

@@ -524,6 +524,13 @@ def test_memory_of_own_servers_is_free(
     assert [one["memory_used_mib"] for one in gpu["gpus"]] == [10000, 100000]
 
 
+def test_own_servers_are_known_behind_a_link(server: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    """The kernel tells the real path of their folder."""
+    (tmp_path / "link").symlink_to("state")
+    assert gpu_facts.own_processes([f"{tmp_path}/link"]) == {str(server.pid)}
+    assert gpu_facts.own_processes([f"{tmp_path}/state-of-others"]) == set()
+
+
 def test_memory_of_own_servers_is_available(facts: Callable[..., Any], tmp_path: Path) -> None:
     code = "import time; held = b'x' * (300 << 20); print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE) as process:

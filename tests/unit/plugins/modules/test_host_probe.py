@@ -70,6 +70,22 @@ def test_who_listens(probe: Callable[..., Any], family: int, address: str) -> No
     assert "python" in listeners[str(port)]["command"]
 
 
+def test_a_listener_behind_a_link_has_the_name_that_was_asked(probe: Callable[..., Any], tmp_path: Path) -> None:
+    """The controller compares the names, and cannot resolve links of the host."""
+    (tmp_path / "disk/chat").mkdir(parents=True)
+    (tmp_path / "state").symlink_to("disk")
+    code = "import socket, time; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True); time.sleep(60)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path / "state/chat", stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout
+        port = server.stdout.readline().strip()
+        asked = [f"{tmp_path}/state/other", f"{tmp_path}/state/chat"]
+        told = [probe(ports=[int(port)], folders=folders)["listeners"][port]["cwd"] for folders in (asked, asked[:1])]
+        server.kill()
+    assert told == [f"{tmp_path}/state/chat", f"{tmp_path}/disk/chat"]
+
+
 def test_a_connection_is_no_listener(probe: Callable[..., Any]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         client = socket.create_connection(server.getsockname())

@@ -68,6 +68,20 @@ def test_healthy_at_once(wait: Callable[..., Any]) -> None:
     assert (result["changed"], result["seconds"]) == (False, 0.0)
 
 
+def test_the_folder_of_the_server_may_be_a_link(
+    wait: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells the real path of the folder that the server works in, here the one of this process."""
+    for folder in ("disk/chat", "disk/other"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "state").symlink_to("disk")
+    (tmp_path / "pid").write_text("77\n")
+    monkeypatch.chdir(tmp_path / "state/chat")
+    with OpenAiServer() as server:
+        assert "msg" not in wait(f"{server.url}/health", folder=f"{tmp_path}/state/chat", timeout=1)
+        assert "does not answer" in wait(f"{server.url}/health", folder=f"{tmp_path}/state/other", timeout=1)["msg"]
+
+
 def test_healthy_after_a_while(wait: Callable[..., Any], clock: Clock, tmp_path: Path) -> None:
     (tmp_path / "pid").write_text("77\n")
     with OpenAiServer() as server:

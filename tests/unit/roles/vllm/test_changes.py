@@ -40,7 +40,7 @@ class Host:
             "name": "chat", "unit": "vllm-chat", "runtime": "venv", "standby": {}, "span": None, "headless": False,
             "config_dir": str(self.config), "state_dir": str(folder / "state"), "unit_file": str(self.unit),
             "api_key_file": str(self.config / "api_key"), "root_url": url, "model_path": "", "start_timeout": 20,
-            "pid_command": ["echo", "77"], "log_command": ["echo", "INFO"],
+            "pid_command": ["echo", "77"], "log_command": ["echo", "INFO"], "planned": {},
         }  # fmt: skip
 
     def write(self, folder: Path, files: dict[str, str]) -> None:
@@ -97,7 +97,7 @@ def change(host: Host, room: bool = False, **variables: Any) -> str:
         "__vllm_name": "chat", "__vllm_all": [host.svc], "__vllm_differs": True, "__vllm_runs": True, "__vllm_given_key": "sk-new",
         "__vllm_run_files": [{"path": str(start), "content": "new\n", **owner}],
         "__vllm_unit_file": {"path": str(host.unit), "content": "new unit\n", **owner},
-        "__vllm_told_files": [], "__vllm_measured_file": {"path": str(host.config / "measured.json"), "content": "{}", **owner},
+        "__vllm_told_files": [],
         "__vllm_wait_for": {
             "url": f"{host.svc['root_url']}/health", "pid_command": ["echo", "77"], "log_command": ["echo", "ValueError: no luck"],
             "timeout": 1,
@@ -141,6 +141,25 @@ def test_what_works_is_kept(host: Host) -> None:
     assert {path.name: path.read_text() for path in host.good.iterdir()} == {
         "api_key": "sk-new\n", "start.sh": "new\n", "unit": "new unit\n",
     }  # fmt: skip
+
+
+def test_what_a_start_measured_is_kept_while_the_server_goes_on(host: Host) -> None:
+    """Whatever else of its host differs: by then its log holds the lines of requests alone."""
+    path, figures = host.config / "measured.json", "INFO GPU KV cache size: 845,104 tokens"
+
+    def measured(differs: bool, log: str, changed: str = "") -> Any:
+        wait = {"url": f"{host.svc['root_url']}/health", "pid_command": ["echo", "77"], "log_command": ["echo", log]}
+        output = change(host, __vllm_differs=differs, __vllm_wait_for=wait)
+        assert "failed=0" in output and "did not start" not in output and changed in output, output[-3000:]
+        return json.loads(path.read_text()) if path.exists() else None
+
+    started = measured(True, figures)
+    assert started["measured"]["kv_cache_tokens"] == 845104 and "seconds" in started
+    assert measured(False, "INFO GET /health", "changed=0") == started
+    path.unlink()
+    assert measured(False, "INFO GET /health", "changed=0") is None
+    assert measured(False, figures) == {"service": "chat", "planned": {}, "measured": started["measured"]}
+    assert measured(True, "INFO GET /health")["measured"] == {}
 
 
 def test_of_a_service_over_several_hosts_nothing_is_put_back(host: Host) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import shutil
 import subprocess
 import tempfile
@@ -35,8 +37,8 @@ class Supervisor:
         text = (ROOT / "roles/vllm/templates" / template).read_text()
         (self.folder / name).write_text(self.render(text, **self.variables, **variables) + "\n")
 
-    def add(self, name: str, script: str, drain_s: int = 10) -> None:
-        """A program whose start script is this one."""
+    def add(self, name: str, script: str, drain_s: int = 10, user: str = "") -> None:
+        """A program whose start script is this one. With a user, as if root had written it."""
         config = self.folder / name
         config.mkdir()
         (config / "start.sh").write_text(f"#!/bin/sh\necho start >>{config}/log\n{script}")
@@ -47,15 +49,20 @@ class Supervisor:
         }  # fmt: skip
         self.write(
             f"conf.d/{name}.conf", "program.conf.j2", svc=svc, vllm_root=str(self.folder), vllm_restart_limit=LIMIT,
-            __vllm_starts_file=f"{config}/starts", ansible_facts={"user_uid": 1},
+            __vllm_starts_file=f"{config}/starts", ansible_facts={"user_uid": 0 if user else 1}, vllm_user=user,
         )  # fmt: skip
 
     def run(self, program: str, *words: str) -> str:
         # Core dumps are allowed, which this machine may have off: what is said of them has to be the role's doing.
         allow = ["sh", "-c", 'ulimit -S -c "$(ulimit -H -c)"; exec "$@"', "-"]
         command = [*allow, str(self.bin / program), f"--configuration={self.folder}/supervisord.conf", *words]
-        path = {"PATH": f"{self.folder}:/usr/bin:/bin"}
-        done = subprocess.run(command, env=path, capture_output=True, text=True, timeout=60, check=False)
+        environment = {
+            "PATH": f"{self.folder}:/usr/bin:/bin",
+            "HOME": "/nowhere",
+            "USER": "starter",
+            "LOGNAME": "starter",
+        }
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
         assert program == "supervisorctl" or not done.returncode, done.stderr
         return done.stdout
 
@@ -145,3 +152,14 @@ while :; do wait; done
     assert supervisor.says("chat", "ready")
     supervisor.run("supervisorctl", "stop", "chat")
     assert (supervisor.folder / "chat/log").read_text().split() == ["start", "ready", "done", "stopped"]
+
+
+def test_a_server_of_another_user_has_a_home_of_its_own(supervisor: Supervisor) -> None:
+    """Not that of who started the supervisor, into which it may not write. Without another user that one is its own."""
+    me = pwd.getpwuid(os.getuid()).pw_name
+    script = 'echo "home $HOME of $USER $LOGNAME" >>"$(dirname "$0")/output"\nexec sleep 60\n'
+    supervisor.add("chat", script, user=me)
+    supervisor.add("own", script)
+    supervisor.run("supervisord")
+    assert supervisor.says("chat", f"home {supervisor.folder}/chat of {me} {me}\n")
+    assert supervisor.says("own", "home /nowhere of starter starter\n")

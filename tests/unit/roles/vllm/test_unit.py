@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ SERVICE: dict[str, Any] = {
 
 def rendered(template: str, **values: Any) -> str:
     environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    environment.filters["quote"] = str
+    environment.filters["quote"] = shlex.quote
     text = (ROLES / template).read_text()
     return environment.from_string(text).render(ansible_managed="managed", **values)
 
@@ -48,3 +51,28 @@ def test_containers_of_a_node_are_kept_to_its_networks_or_to_none(networks: list
 @pytest.mark.parametrize("span", [None, {"executor": "mp"}])
 def test_other_servers_name_no_node(span: Any) -> None:
     assert "After=network-online.target" in unit(span=span)
+
+
+@pytest.mark.parametrize("state", ["disk", "link"])
+def test_a_start_ends_the_engines_that_the_last_one_left(tmp_path: Path, state: str) -> None:
+    """Also where the state folder is a link: the kernel tells the real path of what works there."""
+    (tmp_path / "disk/chat").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk")
+    (tmp_path / "env").touch()
+    folder = tmp_path / state / "chat"
+    fields = {"state_dir": str(folder), "config_dir": str(tmp_path), "headless": True, "command": ["pwd", "-P"]}
+    script = rendered("vllm/templates/start.sh.j2", svc={**SERVICE, **fields})
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen(command, cwd=folder, start_new_session=True) as engine:
+        (folder / "group").write_text(f"{engine.pid}\n")
+        try:
+            # It starts where systemd or supervisor leave it.
+            started = subprocess.run(
+                ["sh", "-c", script], cwd=folder, env={"PWD": str(folder)}, capture_output=True, text=True
+            )
+            assert started.stdout.splitlines() == ["baremetal: start of vllm-chat", f"{tmp_path}/disk/chat"], (
+                started.stderr
+            )
+            assert engine.wait(5) == -9
+        finally:
+            engine.kill()
