@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -67,3 +68,27 @@ def test_check_mode(programs: tuple[str, Path], clone: Path, short_path: Path) -
     assert re.search(r"^quickstart +: ok=[1-9].* unreachable=0 +failed=0 ", output, re.MULTILINE)
     assert not re.findall(r"^\[(?:DEPRECATION )?WARNING\].*", output, re.MULTILINE)
     assert not (short_path / "quickstart").exists(), "check mode made something"
+
+
+@pytest.mark.parametrize(("method", "expected"), [("runfile", r"580\.\d+\.\d+"), ("package", "")])
+def test_the_driver_that_a_host_is_going_to_have(
+    programs: tuple[str, Path], clone: Path, tmp_path: Path, method: str, expected: str
+) -> None:
+    """The host of the check mode above has no GPU, so that most of this role's expressions are not asked there."""
+    gpu = {"pci": [{"device_id": "0x2335"}], "state": "no_driver", "gpus": []}
+    play = {
+        "hosts": "localhost", "connection": "local", "vars": {"nvidia_driver_method": method},
+        "tasks": [
+            {"ansible.builtin.set_fact": {"gpu": gpu, "cacheable": True}},
+            {"ansible.builtin.include_role": {"name": "baremetal.vllm.nvidia_driver", "tasks_from": "wanted"}},
+            {"ansible.builtin.debug": {"msg": "to be: <{{ nvidia_driver_to_be }}>"}},
+        ],
+    }  # fmt: skip
+    (tmp_path / "play.json").write_text(json.dumps([play]))
+    output = checked(
+        [programs[1] / "ansible-playbook", "-i", "localhost,", tmp_path / "play.json"],
+        clone,
+        PATH=str(programs[1]) + ":/usr/bin:/bin",
+        ANSIBLE_COLLECTIONS_PATH=str(clone / "collections"),
+    )
+    assert re.search(f"to be: <{expected}>", output), output
