@@ -103,11 +103,14 @@ def main():
                 " for the Ray cluster at %s: %s" % (address, problem),
                 "no Ray cluster at %s after %d s: %s" % (address, options.wait, problem),
             )
-    need, busy_since = sum(gpus for _, _, gpus in expected), None
+    need, busy_since, strange_since = sum(gpus for _, _, gpus in expected), None, None
     while True:
         # Anew each time: a node that is cut off looks alive for half a minute, with GPUs that nobody gives back.
         missing, strangers, never = judge(ray.nodes(), expected)
-        if never or (strangers and not command):
+        # A look ends over a node that somebody has to stop, but not while it may be one that was switched off just now.
+        strange_since = (strange_since or time.monotonic()) if strangers and not command else None
+        known = strange_since and time.monotonic() - strange_since >= min(options.wait or SETTLE_S, SETTLE_S)
+        if never or known:
             end(NEVER, "this placement can never be met: " + "; ".join(never + strangers))
         if missing or strangers:
             busy_since = None

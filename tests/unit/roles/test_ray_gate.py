@@ -125,6 +125,13 @@ def test_before_a_server_what_is_missing_is_waited_for_standin(tmp_path: Path) -
     assert all(line.startswith(begin) for line, begin in zip(text.splitlines(), said, strict=True)), text
 
 
+def test_a_look_waits_until_a_host_that_was_switched_off_is_found_dead_standin(tmp_path: Path) -> None:
+    """It was taken out of the inventory while it was off, and site.yml runs before Ray has seen it."""
+    status, text = opened(tmp_path, [[(1, 2), (9, 2)], [(1, 2), (9, 2)], [(1, 2)]], "--wait", "30", first=1)
+    assert status == 0, text
+    assert text.splitlines()[0].startswith("placement: waiting, since 10.0.0.9 is in the cluster with 2 GPUs")
+
+
 def test_a_node_that_is_found_dead_while_gpus_come_free_is_waited_for_standin(tmp_path: Path) -> None:
     """Ray takes half a minute to see that a host is cut off; until then the node looks alive, and its GPUs are held."""
     both, one = [(1, 2), (2, 2)], [(1, 2)]
