@@ -271,14 +271,9 @@ print("equal to one GPU, of 3:", same)
 sys.exit(0 if same.get("pp2") == 3 and "tp2" in same else 1)
 END
 for name in tp2 pp2; do
-  say "$name: placement, workers with their addresses (none: that of the server), ranks, NCCL"
-  log=$(sed 's/\x1b\[[0-9;]*m//g' "$out/server-$name.log" 2>/dev/null)
-  {
-    grep -m 1 '^placement: .* are here' <<<"$log"
-    grep -oE '\(\w*Worker\w* pid=[0-9]+(, ip=[0-9.]+)?\)' <<<"$log" | sort -u | head -n 2
-    grep -E -o 'rank [0-9]+ in world size .*' <<<"$log" | sort -u | head -n 2
-    grep -E -m 1 -o '(vLLM is using nccl==|NCCL version ).*' <<<"$log"
-  } | cut -c1-160
+  say "$name: what its log says of Ray, ranks, NCCL and memory"
+  sed 's/\x1b\[[0-9;]*m//g' "$out/server-$name.log" 2>/dev/null | grep -E \
+    '^placement: .* here|Connected to Ray|placement group|world_size=|vLLM is using nccl|Model loading took|GPU KV cache size' | cut -c1-200
 done
 cat "$out/figures.jsonl"
 [[ $failed == 0 ]] && echo PASS || { echo FAIL; exit 1; }

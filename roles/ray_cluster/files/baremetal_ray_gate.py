@@ -132,7 +132,7 @@ def main():
             held = holders(placement_group_table())
             end(LATER, "%d GPUs are needed and %g are free: the others are held by %s" % (need, free, held))
         time.sleep(1)
-    say("%d nodes with %d GPUs are here" % (len(expected), need))
+    say("%d node%s with %d GPUs are here" % (len(expected), "s" if len(expected) > 1 else "", need))
     ray.shutdown()
     if command:
         os.execvp(command[0], command)  # noqa: S606 - in containers a name on the PATH

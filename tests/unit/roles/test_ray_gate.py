@@ -107,7 +107,7 @@ def opened(
 @pytest.mark.parametrize("python", [sys.executable, "python3"])
 def test_a_server_is_started_by_its_path_and_as_in_containers_by_its_name_standin(tmp_path: Path, python: str) -> None:
     done = opened(tmp_path, [[(1, 2)]], "--", python, "-c", "print('a server')")
-    assert done == (0, "placement: 1 nodes with 2 GPUs are here\na server\n")
+    assert done == (0, "placement: 1 node with 2 GPUs are here\na server\n")
 
 
 def test_before_a_server_what_is_missing_is_waited_for_standin(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_before_a_server_what_is_missing_is_waited_for_standin(tmp_path: Path) -
         "placement: waiting for the Ray cluster at 10.0.0.1:6379: nobody listens there",
         "placement: waiting for gpu1 (10.0.0.1)",
         "placement: waiting, since 10.0.0.9 is in the cluster with 2 GPUs and not in the plan",
-        "placement: 1 nodes with 2 GPUs are here",
+        "placement: 1 node with 2 GPUs are here",
         "a server",
     ]
     assert all(line.startswith(begin) for line, begin in zip(text.splitlines(), said, strict=True)), text
