@@ -264,9 +264,7 @@ def _service(
     systemd = settings["manager"] == "systemd"
     environment = {
         **ENVIRONMENT,
-        "BAREMETAL_OPEN_PATHS": " ".join(
-            paths.split(",") if isinstance(paths := settings["open_paths"], str) else paths
-        ),
+        "BAREMETAL_OPEN_PATHS": " ".join(settings["open_paths"]),
         "PYTHONPATH": lib,
         "XDG_CACHE_HOME": cache_dir,
         "VLLM_CACHE_ROOT": f"{cache_dir}/vllm",

@@ -219,14 +219,19 @@ TASKS = ("roles/*/handlers", "roles/*/tasks", "playbooks")
 VARIABLES = ("roles/*/defaults", "roles/*/vars", "inventories")
 CONDITIONS = ("when", "that", "until", "failed_when", "changed_when")  # values of these are expressions without braces
 # Filter -> types of the options that are what they should be after it.
-CONVERTING = {"bool": ("bool",), "int": ("int",), "float": ("int", "float"), "string": ("int", "float")}
+CONVERTING = {
+    "bool": ("bool",), "int": ("int",), "float": ("int", "float"), "string": ("int", "float"), "baremetal.vllm.listed": ("list",),
+}  # fmt: skip
+# Role vllm gives the nodes of Ray their lists, as lists.
+GIVEN = {f"ray_cluster_{name}" for name in ("hosts", "gpus", "allowed_networks", "container_options")}
 
 
 def typed() -> dict[str, str]:
     """Options that are no text. The specs of roles check what they get and convert nothing."""
     options = [spec.get("options", {}) for role in ROLES for spec in specs(role).values()]
     types = {name: option["type"] for some in options for name, option in some.items()}
-    return {name: kind for name, kind in types.items() if kind in ("bool", "int", "float")}
+    lists = {name for some in options for name, option in some.items() if option.get("elements") in ("str", "int")}
+    return {name: kind for name, kind in types.items() if kind in ("bool", "int", "float") or name in lists - GIVEN}
 
 
 def named(node: Any) -> Any:
@@ -327,11 +332,18 @@ BAD: list[Any] = [
     "{{ x | map('extract', hostvars, 'r_n') }}",
     "{% if r_on %}{% endif %}",
     "{% set x = r_n %}",
+    "{{ r_l }}",
+    "{{ x + r_l }}",
+    "{{ r_l | map('string') | baremetal.vllm.listed }}",
+    "{{ 1 if r_l else 2 }}",
+    {"loop": "{{ r_l }}"},
 ]
 GOOD: list[Any] = [
     {"when": "not r_on | default(true) | bool and r_n | int > 1 or x < r_x | float"},
     {"ansible.builtin.wait_for": {"port": "{{ r_n }}"}},
     {"ansible.builtin.debug": {"msg": "r_n is {{ r_n }}"}},
+    {"baremetal.vllm.preflight_probe": {"urls": "{{ r_l }}"}},
+    {"when": "r_l | default([]) | baremetal.vllm.listed | length > 0"},
     "{{ '--n=' ~ r_n }}",
     "{{ [r_n | string, r_n | float] }}",
     "{% if r_on | bool %}{{ r_n }} of{% endif %}",
@@ -339,7 +351,7 @@ GOOD: list[Any] = [
 
 
 def test_what_is_taken_for_granted_is_found(tmp_path: Path) -> None:
-    types = {"r_on": "bool", "r_n": "int", "r_x": "float"}
+    types = {"r_on": "bool", "r_n": "int", "r_x": "float", "r_l": "list"}
     for name, some in (("bad", BAD), ("good", GOOD)):
         for number, one in enumerate(some):
             path = tmp_path / "roles/r" / ("vars" if isinstance(one, str) else "tasks") / f"{name}{number}.yml"

@@ -103,7 +103,6 @@ def test_the_command() -> None:
 
 def test_numbers_that_came_as_text() -> None:
     assert here(drain_timeout="120", start_timeout=900) == here(drain_timeout=120, start_timeout=900)
-    assert here(open_paths="/health,/metrics") == here(open_paths=["/health", "/metrics"])
 
 
 def test_an_engine_that_takes_its_model_as_an_option() -> None:
