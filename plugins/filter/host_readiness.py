@@ -65,7 +65,11 @@ def _python(
     services: list[dict[str, Any]], probe: dict[str, Any], settings: dict[str, Any]
 ) -> tuple[dict[str, Any] | None, str]:
     """(the first interpreter that every build accepts, what is wrong when there is none)."""
+    # Here, as it loads the planner, which a host that lacks nothing need not wait for.
+    from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.engine import newest_python
+
     limits = [settings["builds"][service["device"]]["python"] for service in services] or [["3.9", "3.14"]]
+    limits += [["3.0", newest_python(s["venv"]["version"])] for s in services if s["device"] == "cuda"]
     low = max(_minor(limit) for limit, dummy in limits)
     high = min(_minor(limit) for dummy, limit in limits)
     for python in probe["pythons"]:

@@ -311,6 +311,13 @@ def splits_above(version: str) -> int:
     return int(row["above"]) if at_least(version, row["from"]) else 1 << 62
 
 
+def newest_python(version: str) -> str:
+    """Newest minor release of Python, such as 3.12, that a release of vLLM for CUDA can be installed for."""
+    rows = {since: python for since, python in load("engines")["newest_python"].items() if at_least(version, since)}
+    newest: str = rows[max(rows, key=version_key)]
+    return newest
+
+
 def option(version: str, flag: str, value: object = True) -> list[str]:
     """``[flag, value]`` or ``[flag]`` for True; empty for None, False and for flags that the release does not know."""
     if value is None or value is False or not has_flag(version, flag):

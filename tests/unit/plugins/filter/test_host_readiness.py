@@ -37,14 +37,16 @@ TOOLS = {
 PYTHON = {"path": "/usr/bin/python3", "version": "3.11.2", "venv": True, "headers": True}
 
 
-def service(name: str = "chat", device: str = "cpu", port: int = 8000, venv: bool = True) -> dict[str, Any]:
-    path = f"/opt/vllm/venvs/{device}-0.32.0"
+def service(
+    name: str = "chat", device: str = "cpu", port: int = 8000, venv: bool = True, version: str = "0.32.0"
+) -> dict[str, Any]:
+    path = f"/opt/vllm/venvs/{device}-{version}"
     return {
         "name": name,
         "device": device,
         "port": port,
         "state_dir": f"/var/lib/vllm/{name}",
-        "venv": {"path": path, "device": device, "version": "0.32.0"} if venv else None,
+        "venv": {"path": path, "device": device, "version": version} if venv else None,
     }
 
 
@@ -163,6 +165,17 @@ def test_the_python_that_every_build_takes(devices: list[str], versions: list[st
     pythons = [{"path": f"/p/{version}", "version": version, "venv": True, "headers": True} for version in versions]
     services = [service(device, device, port) for port, device in enumerate(devices, 8000)]
     assert judge(services, probe(pythons=pythons))["python"] == f"/p/{taken}"
+
+
+@pytest.mark.parametrize(("version", "taken"), [("0.8.5.post1", "/p/3.12.3"), ("0.3.0", "/p/3.12.3"), ("0.10.2", "/p/3.13.5")])
+def test_the_python_that_an_older_release_takes(version: str, taken: str) -> None:
+    """V100 get 0.8.5.post1, whose wheels refuse the Python of Debian 13."""
+    pythons = [{**PYTHON, "path": f"/p/{number}", "version": number} for number in ("3.13.5", "3.12.3")]
+    services = [service(device="cuda", version=version)]
+    assert judge(services, probe(pythons=pythons))["python"] == taken
+    if taken == "/p/3.12.3":
+        (problem,) = judge(services, probe(pythons=pythons[:1]))["problems"]
+        assert problem.startswith("vLLM needs Python 3.10 to 3.12 and the host has /p/3.13.5 3.13.5: install one")
 
 
 def test_no_python_that_will_do() -> None:
