@@ -122,6 +122,7 @@ def commands(services: list[dict[str, Any]], hosts: list[dict[str, Any]]) -> lis
                 row["name"]: {"address": f"10.0.0.{rank + 1}", "interface": "eth0"} for rank, row in enumerate(hosts)
             },
             "peer_timeout": 30,
+            "ray_version": "2.60.0",
         }
         for service in host_services(plan, host["name"], named, settings):
             words = service["command"]
