@@ -30,7 +30,9 @@ options:
     elements: str
     default: []
   proxies:
-    description: Proxies for O(urls), C(http) and C(https), and C(no_proxy). Package sources go by the package manager's own.
+    description:
+      - Proxies, C(http) and C(https), and C(no_proxy). For package sources, a proxy in the package manager's own settings goes before
+        them, as it does where packages are installed with these in the environment.
     type: dict
     default: {}
   paths:
@@ -247,7 +249,9 @@ def main():
     apt = bool(module.get_bin_path("apt-get"))
     urls, proxies = ([], {})
     if params["sources"] or params["kernels"]:
-        urls, proxies = apt_sources(module) if apt else dnf_sources()
+        urls, own = apt_sources(module) if apt else dnf_sources()
+        # As both package managers do: they take what their settings leave open, and no_proxy, from the environment.
+        proxies = dict(params["proxies"], **own)
     tried = [(url, "apt" if apt else "dnf", proxies) for url in urls if params["sources"]]
     tried += [(url, "", params["proxies"]) for url in params["urls"]]
     with ThreadPoolExecutor(max_workers=8) as pool:

@@ -144,6 +144,34 @@ def test_apt_standin_without_lists(
     assert (row["state"], row["detail"]) == ("unknown", "the host has no package lists yet")
 
 
+@pytest.mark.parametrize(
+    ("own", "asked"),
+    [
+        ("", True),
+        ('Acquire::http::Proxy "http://127.0.0.1:9";', False),
+        ('Acquire::https::Proxy "http://127.0.0.1:9";', True),
+    ],
+)
+def test_sources_through_the_proxy_that_packages_are_installed_with(
+    run_module: Callable[..., Any],
+    server: Any,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own: str,
+    asked: bool,
+) -> None:
+    """What apt has in its settings goes before it. Headers are looked for the same way."""
+    mirror = "http://mirror.invalid"
+    standin_programs(tmp_path, monkeypatch, apt_get=APT.replace("{url}", mirror), apt_config=f"echo '{own}'")
+    monkeypatch.setattr(preflight_probe.glob, "glob", lambda path: ["x"])
+    result = run_module(preflight_probe, kernels=["1-there"], proxies={"http": url, "no_proxy": "inside.invalid"})
+    (row,) = result["addresses"]
+    assert (row["reason"] == "") == asked, row
+    assert (result["headers"]["1-there"]["state"] == "available") == asked
+    assert server.asked == ([f"{mirror}/dir/", f"{mirror}/there.deb"] if asked else [])
+
+
 def test_dnf_standin(run_module: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = '"-q -C repoquery kernel-devel-1") echo kernel-devel-0:1.x86_64;; "-q -C repoquery "*) ;;'
     script = f'case "$*" in {known} *) exit 1;; esac'
