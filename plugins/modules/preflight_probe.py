@@ -30,7 +30,9 @@ options:
     elements: str
     default: []
   proxies:
-    description: Proxies for O(urls), C(http) and C(https), and C(no_proxy). Package sources go by the package manager's own.
+    description:
+      - Proxies, C(http) and C(https), and C(no_proxy). For package sources, a proxy in the package manager's own settings goes before
+        them, as it does where packages are installed with these in the environment.
     type: dict
     default: {}
   paths:
@@ -93,17 +95,25 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import ProxyHandler, Request, build_opener
+from urllib.request import HTTPSHandler, ProxyHandler, Request, build_opener
 
 from ansible.module_utils.basic import AnsibleModule
 
 PROXY_REFUSES = 407
+NO = ("0", "false", "no", "off")
+# What a source says about its server's certificate and the host's own; dnf.conf may say it for all.
+TLS = ("sslverify", "sslcacert", "sslclientcert")
 DNF_LISTS = ("/var/cache/dnf/*/repodata/repomd.xml", "/var/cache/libdnf5/*/repodata/repomd.xml")
+
+
+def cause(error):
+    """What an error of urllib is about. One of TLS comes by itself once the handshake is over, and its reason is a word."""
+    return error if isinstance(error, ssl.SSLError) else getattr(error, "reason", error)
 
 
 def why_not(error):
     """The cause of a failed connection in words that tell what to look at."""
-    reason = getattr(error, "reason", error)
+    reason = cause(error)
     if isinstance(reason, socket.gaierror):
         return "its name cannot be resolved"
     if isinstance(reason, (socket.timeout, TimeoutError)):
@@ -113,21 +123,46 @@ def why_not(error):
     return "%s" % (getattr(reason, "strerror", "") or reason)
 
 
-def ask(url, proxies, timeout):
-    """(HTTP status or 0, why there is no answer)."""
-    opener = build_opener(ProxyHandler(proxies))
+def context_of(tls):
+    """How dnf judges a server, by the settings of its source."""
+    if tls.get("sslverify", "").lower() in NO:
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        return context
+    authorities = tls.get("sslcacert")
+    if not authorities:
+        return ssl.create_default_context()
     try:
+        context = ssl.create_default_context(**{"capath" if os.path.isdir(authorities) else "cafile": authorities})
+    except (IOError, OSError) as error:
+        raise ValueError("its sslcacert %s cannot be used: %s" % (authorities, why_not(error)))
+    # Python 3.13 and newer ask for extensions that authorities of one's own often lack, and dnf's curl does not.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return context
+
+
+def wants_certificate(error, tls):
+    """Whether a server has ended a connection for want of the host's certificate, which only dnf shows: it was reached."""
+    reason = cause(error)
+    return bool(tls.get("sslclientcert")) and isinstance(reason, ssl.SSLError) and "alert" in ("%s" % reason).lower()
+
+
+def ask(url, proxies, timeout, tls=None):
+    """(HTTP status or 0, why there is no answer)."""
+    tls = tls or {}
+    try:
+        opener = build_opener(ProxyHandler(proxies), HTTPSHandler(context=context_of(tls)))
         with opener.open(Request(url, method="HEAD"), timeout=timeout) as answer:
             return answer.status, ""
     except HTTPError as error:
         return error.code, ""
     except (URLError, OSError, ValueError) as error:
-        return 0, why_not(error)
+        return 0, "" if wants_certificate(error, tls) else why_not(error)
 
 
-def judge(url, proxies, timeout):
+def judge(url, proxies, timeout, tls):
     """Why this address is of no use, empty where it answers."""
-    status, reason = ask(url, proxies_for(url, proxies), timeout)
+    status, reason = ask(url, proxies_for(url, proxies), timeout, tls)
     if status == PROXY_REFUSES:
         return "the proxy wants another login"
     return "the server fails with HTTP %d" % status if status >= 500 else reason
@@ -152,16 +187,20 @@ def run(module, command):
 
 
 def apt_sources(module):
-    """([url], proxies) of what apt has enabled; local ones need no network."""
+    """({url: settings of TLS}, proxies) of what apt has enabled; local ones need no network."""
     dummy, text = run(module, ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"])
     dummy, settings = run(module, ["apt-config", "dump"])
     proxies = dict(re.findall(r'^Acquire::(https?)::[Pp]roxy "([^"]+)";', settings, re.M))
-    return sorted({line for line in text.splitlines() if re.match(r"https?://", line)}), proxies
+    return dict((line, {}) for line in text.splitlines() if re.match(r"https?://", line)), proxies
 
 
 def dnf_sources(folder="/etc/yum.repos.d", settings="/etc/dnf/dnf.conf"):
-    """([url], proxies) of the repositories that dnf has enabled, cut to the server: their paths hold dnf's variables."""
-    found, proxies = set(), {}
+    """({url: settings of TLS}, proxies) of the repositories that dnf has enabled, cut to the server: their paths hold dnf's variables.
+
+    A server whose name a plugin of dnf completes is not among them, as https://rhui.REGION.aws.ce.redhat.com/ of RHEL at AWS.
+    """
+    main = dict(re.findall(r"^(proxy|ssl\w+)[ \t]*=[ \t]*(\S+)", read(settings), re.M))
+    found, proxies = {}, {}
     for path in sorted(glob.glob(os.path.join(folder, "*.repo"))):
         parser = configparser.ConfigParser(interpolation=None, strict=False)
         try:
@@ -170,14 +209,16 @@ def dnf_sources(folder="/etc/yum.repos.d", settings="/etc/dnf/dnf.conf"):
             continue
         for section in parser.sections():
             row = parser[section]
-            if row.get("enabled", "1").strip().lower() in ("0", "false", "no"):
+            if row.get("enabled", "1").strip().lower() in NO:
                 continue
+            tls = dict((name, row.get(name, main.get(name, "")).strip()) for name in TLS)
             for field in ("baseurl", "mirrorlist", "metalink"):
-                found.update(re.findall(r"https?://[^/\s$,]+/", row.get(field, "")))
-    match = re.search(r"^proxy\s*=\s*(\S+)", read(settings), re.M)
-    if match:
-        proxies = {"http": match.group(1), "https": match.group(1)}
-    return sorted(found), proxies
+                for url in re.findall(r"https?://[^/\s$,]+/", row.get(field, "")):
+                    if not re.search(r"[./][A-Z]+[.]", url):
+                        found.setdefault(url, tls)
+    if main.get("proxy"):
+        proxies = {"http": main["proxy"], "https": main["proxy"]}
+    return found, proxies
 
 
 def read(path):
@@ -245,13 +286,15 @@ def main():
     if params["reference_time"] is not None:
         offset = round(time.time() - params["reference_time"], 1)
     apt = bool(module.get_bin_path("apt-get"))
-    urls, proxies = ([], {})
+    urls, proxies = {}, {}
     if params["sources"] or params["kernels"]:
-        urls, proxies = apt_sources(module) if apt else dnf_sources()
-    tried = [(url, "apt" if apt else "dnf", proxies) for url in urls if params["sources"]]
-    tried += [(url, "", params["proxies"]) for url in params["urls"]]
+        urls, own = apt_sources(module) if apt else dnf_sources()
+        # As both package managers do: they take what their settings leave open, and no_proxy, from the environment.
+        proxies = dict(params["proxies"], **own)
+    tried = [(url, "apt" if apt else "dnf", proxies, urls[url]) for url in sorted(urls) if params["sources"]]
+    tried += [(url, "", params["proxies"], {}) for url in params["urls"]]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        reasons = list(pool.map(lambda row: judge(row[0], row[2], params["timeout"]), tried))
+        reasons = list(pool.map(lambda row: judge(row[0], row[2], params["timeout"], row[3]), tried))
     module.exit_json(
         changed=False,
         addresses=[{"url": row[0], "of": row[1], "reason": reason} for row, reason in zip(tried, reasons)],

@@ -451,6 +451,23 @@ def test_a_line_of_hosts(hub: Hub, origin: Path, line: Callable[..., list[Any]])
     assert hub.sent_bytes == total, "the hub has sent the model once"
 
 
+def test_a_proxy_is_for_the_hub_alone(
+    hub: Hub, origin: Path, line: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's name is known to the proxy only, and the proxy for https, which hosts talk to each other by, is none."""
+    jobs = line(2)
+    for job in jobs:
+        job["endpoint"] = "http://hub.invalid"
+    monkeypatch.setenv("http_proxy", hub.url)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    processes = [model_jobs.spawn(job) for job in reversed(jobs)]
+    assert [os.waitpid(process, 0)[1] for process in processes] == [0, 0]
+    assert all(same(final(job), origin) for job in jobs)
+    assert any(path.startswith("http://hub.invalid/") for _, path, _ in hub.requests)
+    assert hub.sent_bytes == sum(entry["size"] for entry in jobs[0]["model"]["files"])
+
+
 def test_a_host_of_the_line_dies(hub: Hub, origin: Path, line: Callable[..., list[Any]]) -> None:
     hub.link = Link(1_500_000)
     jobs = line(3)
