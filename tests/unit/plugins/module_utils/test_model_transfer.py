@@ -17,6 +17,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import model_jobs
 import pytest
@@ -26,6 +27,7 @@ from ansible_collections.baremetal.vllm.plugins.module_utils import hubs, model_
 from ansible_collections.baremetal.vllm.plugins.module_utils.hubs import Problem
 from ansible_collections.baremetal.vllm.plugins.module_utils.model_transfer import Failed
 from ansible_collections.baremetal.vllm.tests.fakes.hub import Fault, Hub, Link
+from ansible_collections.baremetal.vllm.tests.fakes.server import Answer, Handler, Server
 
 REPO = "owner/tiny-1.0"
 BIG = "model-00001-of-00002.safetensors"
@@ -383,6 +385,32 @@ def test_a_folder_with_an_index_page(web: str, origin: Path, tmp_path: Path) -> 
     (origin / BIG).write_bytes(b"y" * SIZE)
     os.utime(origin / BIG, (1, 1))
     assert model_jobs.read_model(web, "", "http")["commit"] != model["commit"]
+
+
+class Moved(Server):
+    """Sends whoever comes to another server."""
+
+    def __init__(self, target: str, status: int) -> None:
+        super().__init__()
+        self.target, self.status = target, status
+
+    def respond(self, request: Handler) -> Answer:
+        return Answer(self.status, b"", {"Location": self.target + request.path})
+
+
+def test_sizes_behind_a_redirect_cost_no_download(origin: Path) -> None:
+    class Files(Server):
+        def respond(self, request: Handler) -> Answer:
+            path = origin / unquote(request.path).lstrip("/")
+            return Answer(200, path.read_bytes()) if path.is_file() else Answer(404)
+
+    manifest(origin)
+    with Files() as files, Moved(files.url, 302) as moved:
+        model = model_jobs.read_model(f"{moved.url}/", "", "http")
+        asked = {(method, path) for method, path, _ in files.requests}
+    assert {entry["path"]: entry["size"] for entry in model["files"]}[BIG] == SIZE
+    assert asked >= {("HEAD", f"/{BIG}"), ("GET", f"/{hubs.MANIFEST}")}
+    assert ("GET", f"/{BIG}") not in asked
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../b", "a//b", "", "a\\b"])
