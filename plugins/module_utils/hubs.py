@@ -43,8 +43,11 @@ class Problem(Exception):
 class Redirects(HTTPRedirectHandler):
     """Follows redirects, but takes the token to no other server: a hub may send clients to somebody else's storage."""
 
-    def redirect_request(self, request, *arguments):
-        new = HTTPRedirectHandler.redirect_request(self, request, *arguments)
+    # Python before 3.11 follows no 308, which says the same of a GET as 307 does.
+    http_error_308 = HTTPRedirectHandler.http_error_302
+
+    def redirect_request(self, request, answer, code, *arguments):
+        new = HTTPRedirectHandler.redirect_request(self, request, answer, 307 if code == 308 else code, *arguments)
         if new is not None:
             if request.get_method() == "HEAD":  # Python before 3.13 would ask for the whole file
                 new.method = "HEAD"

@@ -17,7 +17,9 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import unquote
+from urllib.request import HTTPRedirectHandler
 
 import model_jobs
 import pytest
@@ -411,6 +413,21 @@ def test_sizes_behind_a_redirect_cost_no_download(origin: Path) -> None:
     assert {entry["path"]: entry["size"] for entry in model["files"]}[BIG] == SIZE
     assert asked >= {("HEAD", f"/{BIG}"), ("GET", f"/{hubs.MANIFEST}")}
     assert ("GET", f"/{BIG}") not in asked
+
+
+def test_a_permanent_redirect_with_an_old_python(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """308 is in urllib since Python 3.11: what is there before is put in its place."""
+    real = HTTPRedirectHandler.redirect_request
+
+    def before(self: Any, request: Any, answer: Any, code: int, message: str, headers: Any, url: str) -> Any:
+        if code == 308:
+            raise HTTPError(request.full_url, code, message, headers, answer)
+        return real(self, request, answer, code, message, headers, url)
+
+    monkeypatch.setattr(HTTPRedirectHandler, "redirect_request", before)
+    monkeypatch.delattr(HTTPRedirectHandler, "http_error_308", raising=False)
+    with Moved(hub.url, 308) as moved:
+        assert model_jobs.read_model(REPO, moved.url)["commit"] == hub.repositories[REPO].revisions["main"]
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../b", "a//b", "", "a\\b"])
