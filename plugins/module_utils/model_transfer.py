@@ -314,6 +314,7 @@ class Fetch(object):
     def _bring(self):
         self._prepare()
         self._adopt()
+        self._check_room()
         self.status.set(state="fetching")
         waiting = sorted(self.entries, key=lambda entry: (-entry["size"], entry["path"]))
         waiting.reverse()
@@ -419,6 +420,9 @@ class Fetch(object):
                     os.makedirs(parent)
         if not os.path.isdir(self.place.base):
             os.makedirs(self.place.base)
+
+    def _check_room(self):
+        """Once all is linked that can be: that has come already, and takes no room."""
         have = self.place.staged_bytes(self.commit)
         need = sum(entry["size"] for entry in self.entries) - have + self.job["reserve_bytes"]
         free = model_store.free_bytes(self.job["root"])
@@ -430,30 +434,14 @@ class Fetch(object):
 
     def _adopt(self):
         """Links files that another revision, or the folder under repair, has with the right bytes."""
-        known = dict((entry["sha256"], entry) for entry in self.entries if entry.get("sha256"))
-        for name in sorted(os.listdir(self.place.base)):
-            folder = os.path.join(self.place.base, name)
-            stamp = None if os.path.islink(folder) else self._any_stamp(folder)
-            for old in stamp["files"] if stamp else ():
-                entry = known.get(old["sha256"])
-                if entry is None:
-                    continue
-                source, target = os.path.join(folder, old["path"]), os.path.join(self.staging, "files", entry["path"])
-                if os.path.exists(target) or not os.path.isfile(source) or os.path.getsize(source) != entry["size"]:
-                    continue
-                digests = model_store.Digests(entry)
-                model_store.hash_file(source, digests)
-                if not digests.wrong():
-                    os.link(source, target)
-
-    @staticmethod
-    def _any_stamp(folder):
-        try:
-            with open(os.path.join(folder, model_store.STAMP)) as handle:
-                stamp = json.load(handle)
-            return stamp if stamp["format"] == model_store.FORMAT else None
-        except (IOError, OSError, ValueError, KeyError, TypeError):
-            return None
+        for entry, source in self.place.same_files(self.entries):
+            target = os.path.join(self.staging, "files", entry["path"])
+            if os.path.exists(target):
+                continue
+            digests = model_store.Digests(entry)
+            model_store.hash_file(source, digests)
+            if not digests.wrong():
+                os.link(source, target)
 
     def _prune(self):
         """Removes old revisions beyond those that are to be kept; what a link leads to, and what is in use, stays."""
@@ -467,7 +455,7 @@ class Fetch(object):
         old = []
         for name in names:
             folder = os.path.join(base, name)
-            if name not in wanted and not os.path.islink(folder) and self._any_stamp(folder):
+            if name not in wanted and not os.path.islink(folder) and model_store.any_stamp(folder):
                 old.append((os.path.getmtime(os.path.join(folder, model_store.STAMP)), folder))
         for folder in [folder for dummy, folder in sorted(old, reverse=True)][keep:]:
             gone = os.path.join(self.job["root"], ".staging", "gone-" + os.path.basename(folder))

@@ -243,6 +243,21 @@ def test_a_full_disk_is_seen_before(job: Any, hub: Hub, monkeypatch: pytest.Monk
     assert not hub.requests
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_is_linked_needs_no_room(
+    hub: Hub, origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    job = model_jobs.make_job(model_jobs.read_model(REPO, hub.url, source), tmp_path / "models", hub.url)
+    model_jobs.run(job)
+    monkeypatch.setattr(model_store, "free_bytes", lambda path: 1_000_000)
+    (final(job) / "model-00002-of-00002.safetensors").write_bytes(b"x")
+    assert model_jobs.run({**job, "repair": True})[0] and same(final(job), origin)
+    (origin / "model-00002-of-00002.safetensors").write_bytes(b"y" * 600_000)
+    hub.add(REPO, origin)
+    again = {**job, "model": model_jobs.read_model(REPO, hub.url, source)}
+    assert model_jobs.run(again)[0] and same(final(again), origin)
+
+
 def test_a_disk_that_fills_up(job: Any, origin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, left = os.write, [1_000_000]
 
