@@ -439,9 +439,12 @@ class Fetch(object):
             if os.path.exists(target):
                 continue
             digests = model_store.Digests(entry)
-            model_store.hash_file(source, digests)
-            if not digests.wrong():
-                os.link(source, target)
+            try:
+                model_store.hash_file(source, digests)
+                if not digests.wrong():
+                    os.link(source, target)
+            except OSError as error:  # some file systems (CIFS, exFAT) know no hard links
+                self.status.note("%s is fetched, as it cannot be linked: %s" % (entry["path"], error.strerror))
 
     def _prune(self):
         """Removes old revisions beyond those that are to be kept; what a link leads to, and what is in use, stays."""

@@ -258,6 +258,22 @@ def test_what_is_linked_needs_no_room(
     assert model_jobs.run(again)[0] and same(final(again), origin)
 
 
+def test_a_file_system_without_links(
+    job: Any, hub: Hub, origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_jobs.run(job)
+    hub.add(REPO, write(tmp_path / "newer", seed=1))
+    again = {**job, "model": model_jobs.read_model(REPO, hub.url, job["model"]["source"])}
+
+    def link(source: str, target: str) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(model_transfer.os, "link", link)
+    status = model_jobs.run(again)[1]
+    assert same(final(again), tmp_path / "newer")
+    assert "model-00002-of-00002.safetensors is fetched, as it cannot be linked: Operation not permitted" in status["notes"]
+
+
 def test_a_disk_that_fills_up(job: Any, origin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, left = os.write, [1_000_000]
 
