@@ -27,7 +27,7 @@ import threading
 import time
 from http.client import HTTPException, HTTPSConnection
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from socketserver import ThreadingMixIn
+from socketserver import TCPServer, ThreadingMixIn
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import url2pathname
@@ -877,6 +877,20 @@ class Handler(BaseHTTPRequestHandler):
         """There is nobody to read it."""
 
 
+def listening_family():
+    """IPv6, which hears IPv4 as well, where the kernel has it."""
+    try:
+        probe = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+        try:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            probe.bind(("::", 0))
+        finally:
+            probe.close()
+    except OSError:
+        return socket.AF_INET
+    return socket.AF_INET6
+
+
 class Server(ThreadingMixIn, HTTPServer):
     """Hands the model on to neighbours while it comes."""
 
@@ -888,10 +902,16 @@ class Server(ThreadingMixIn, HTTPServer):
         self.fetch, self.peers = fetch, fetch.job["peers"]
         self.heard, self.done = time.time(), set()
         self.context = tls_context(self.peers, fetch.staging, True)
+        self.address_family = listening_family()
         HTTPServer.__init__(self, ("", self.peers["port"]), Handler, bind_and_activate=False)
         thread = threading.Thread(target=self._serve)
         thread.daemon = True
         thread.start()
+
+    def server_bind(self):
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        TCPServer.server_bind(self)  # HTTPServer's asks DNS for a name besides, which may take long and which nobody needs
 
     def _serve(self):
         # An earlier run may still be handing on what it has.

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -478,8 +479,6 @@ def test_a_list_that_is_none(web: str, origin: Path) -> None:
 
 @pytest.fixture
 def port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -525,6 +524,34 @@ def test_a_line_of_hosts(hub: Hub, origin: Path, line: Callable[..., list[Any]])
         assert same(final(job), origin)
     total = sum(entry["size"] for entry in jobs[0]["model"]["files"])
     assert hub.sent_bytes == total, "the hub has sent the model once"
+
+
+@pytest.mark.parametrize(("kernel", "address"), [("both", "127.0.0.1"), ("both", "::1"), ("no IPv6", "127.0.0.1")])
+def test_neighbours_by_each_protocol(
+    hub: Hub, origin: Path, line: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch, kernel: str, address: str
+) -> None:
+    real = socket.socket
+
+    def old(family: int = -1, *arguments: Any, **named: Any) -> Any:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(family, *arguments, **named)
+
+    if kernel == "no IPv6":
+        monkeypatch.setattr(model_transfer.socket, "socket", old)
+    elif model_transfer.listening_family() != socket.AF_INET6:
+        pytest.skip("this kernel has no IPv6")
+    first, second = line(2, hub=False)
+    first["peers"]["hub"] = True
+    second["peers"]["upstreams"][0]["host"] = address
+    second["peers"]["start"] = 10
+    process = model_jobs.spawn(first)
+    monkeypatch.setattr(model_transfer.socket, "socket", real)
+    status = model_jobs.run(second)[1]
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    assert same(final(second), origin)
+    assert status["peer_bytes"] == status["total_bytes"]
 
 
 def test_a_host_of_the_line_dies(hub: Hub, origin: Path, line: Callable[..., list[Any]]) -> None:
