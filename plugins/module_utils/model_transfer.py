@@ -13,6 +13,7 @@ __metaclass__ = type
 
 import ctypes
 import errno
+import glob
 import json
 import os
 import queue
@@ -453,8 +454,15 @@ class Fetch(object):
             return
         base = self.place.base
         names = os.listdir(base)
+        try:
+            scripts = "".join(self._scripts())
+        except OSError as error:
+            self.status.note("old revisions stay, as %s cannot be read: %s" % (error.filename, error.strerror))
+            return
         wanted = {os.readlink(os.path.join(base, name)) for name in names if os.path.islink(os.path.join(base, name))}
         wanted.update([self.commit], (os.path.basename(path) for path in self.job["in_use"]))
+        # However the root was written when a service was set up: the end of the path says which revision it is.
+        wanted.update(name for name in names if "/%s/%s" % (self.place.name, name) in scripts)
         old = []
         for name in names:
             folder = os.path.join(base, name)
@@ -465,6 +473,13 @@ class Fetch(object):
             os.rename(folder, gone)
             shutil.rmtree(gone, ignore_errors=True)
             self.status.note("removed the old revision %s" % folder)
+
+    def _scripts(self):
+        """What services of this host are started with, now and in what they go back to if their next start fails."""
+        for pattern in self.job["used_by"]:
+            for path in glob.glob(pattern):
+                with open(path, errors="replace") as handle:
+                    yield handle.read()
 
     # ---- one file ----
 
@@ -911,7 +926,7 @@ class Server(ThreadingMixIn, HTTPServer):
     def server_bind(self):
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        TCPServer.server_bind(self)  # HTTPServer's asks DNS for a name besides, which may take long and which nobody needs
+        TCPServer.server_bind(self)  # HTTPServer's asks DNS for a name that nobody needs
 
     def _serve(self):
         # An earlier run may still be handing on what it has.

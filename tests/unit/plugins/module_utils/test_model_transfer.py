@@ -237,6 +237,34 @@ def test_old_revisions_go_by_choice(hub: Hub, job: Any, tmp_path: Path) -> None:
     assert foreign.exists()
 
 
+def test_revisions_that_services_run_with_stay(hub: Hub, job: Any, tmp_path: Path) -> None:
+    """Whatever the new plan is: until it runs, and if it does not start, they are what there is."""
+    jobs = []
+    for seed in range(5):
+        hub.add(REPO, write(tmp_path / f"v{seed}", seed=seed))
+        jobs.append({**job, "model": model_jobs.read_model(REPO, hub.url, job["model"]["source"])})
+        model_jobs.run(jobs[-1])
+    for script, used in {"one/start.sh": jobs[0], "two/good/serve.sh": jobs[1]}.items():
+        path = tmp_path / "etc" / script
+        path.parent.mkdir(parents=True)
+        # The folder of models may have had another name then.
+        path.write_bytes(
+            f"exec python --model '/other/{REPO}/{used['model']['commit']}' \\\n  --x ".encode() + b"\xff\n"
+        )
+    (tmp_path / "etc/two/start.sh").symlink_to("nowhere")
+    last = {
+        **jobs[-1],
+        "keep_revisions": 0,
+        "used_by": [f"{tmp_path}/etc/{pattern}" for pattern in ("*/start.sh", "*/good/serve.sh")],
+    }
+    status = model_jobs.run(last)[1]
+    assert all(final(each).exists() for each in jobs), "who can tell what that service runs with?"
+    assert f"old revisions stay, as {tmp_path}/etc/two/start.sh cannot be read: No such file" in status["notes"][0]
+    (tmp_path / "etc/two/start.sh").unlink()
+    model_jobs.run(last)
+    assert [final(each).exists() for each in jobs] == [True, True, False, False, True]
+
+
 def test_a_full_disk_is_seen_before(job: Any, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_store, "free_bytes", lambda path: 1_000_000)
     with pytest.raises(Failed, match=r"has 0 MiB free, and 4 MiB are needed for owner/tiny-1.0 and the reserve"):
@@ -272,7 +300,10 @@ def test_a_file_system_without_links(
     monkeypatch.setattr(model_transfer.os, "link", link)
     status = model_jobs.run(again)[1]
     assert same(final(again), tmp_path / "newer")
-    assert "model-00002-of-00002.safetensors is fetched, as it cannot be linked: Operation not permitted" in status["notes"]
+    assert (
+        "model-00002-of-00002.safetensors is fetched, as it cannot be linked: Operation not permitted"
+        in status["notes"]
+    )
 
 
 def test_a_disk_that_fills_up(job: Any, origin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
