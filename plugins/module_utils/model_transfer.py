@@ -510,12 +510,21 @@ class Fetch(object):
             if mismatches == MISMATCHES:
                 raise Failed(
                     "%s of %s came %d times with %s: the hub sends other bytes than it lists. Run again later, or give another "
-                    "mirror" % (entry["path"], self.model["model"], mismatches, wrong)
+                    "mirror%s" % (entry["path"], self.model["model"], mismatches, wrong, self._moved_on())
                 )
         entry["sha256"] = digests.sha256.hexdigest()
         with open(part, "rb") as handle:
             os.fsync(handle.fileno())
         os.rename(part, target)
+
+    def _moved_on(self):
+        """What else it may be where no commit can be asked for, and the listing may be another host's, from long ago."""
+        if self.model["source"] == "huggingface":
+            return ""
+        return (
+            "; or it has moved on since another host fetched it: open the port between the hosts%s, or give model_update=true"
+            % "".join(" (%d)" % peer["port"] for peer in (self.job["peers"].get("upstreams") or [])[:1])
+        )
 
     def _discard(self, part, size):
         os.unlink(part)

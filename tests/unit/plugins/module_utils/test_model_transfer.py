@@ -204,11 +204,24 @@ def test_a_hub_whose_files_change_after_the_listing(hub: Hub, tmp_path: Path) ->
     job = model_jobs.make_job(model_jobs.read_model(REPO, hub.url, "modelscope"), tmp_path / "models", hub.url)
     newer = write(tmp_path / "newer", seed=1)
     hub.add(REPO, newer)
-    with pytest.raises(Failed, match="the hub sends other bytes than it lists"):
+    moved = (
+        "it has moved on since another host fetched it: open the port between the hosts%s, or give model_update=true$"
+    )
+    with pytest.raises(Failed, match="the hub sends other bytes than it lists.*" + moved % ""):
         model_jobs.run(job)
+    upstream = {"upstreams": [{"host": "127.0.0.1", "port": 9}], "start": 0}
+    with pytest.raises(Failed, match=moved % r" \(9\)"):
+        model_jobs.run({**job, "peers": {**peer_certificate("test"), **upstream}})
     job = model_jobs.make_job(model_jobs.read_model(REPO, hub.url, "modelscope"), tmp_path / "models", hub.url)
     model_jobs.run(job)
     assert same(final(job), newer)
+
+
+def test_a_commit_does_not_move_on(hub: Hub, tmp_path: Path) -> None:
+    job = model_jobs.make_job(model_jobs.read_model(REPO, hub.url), tmp_path / "models", hub.url)
+    hub.faults.append(Fault(at(job), corrupt_at=5))
+    with pytest.raises(Failed, match=r"or give another mirror$"):
+        model_jobs.run(job)
 
 
 def test_a_new_revision_takes_what_is_the_same(hub: Hub, job: Any, tmp_path: Path) -> None:
