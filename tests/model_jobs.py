@@ -33,6 +33,7 @@ def make_job(model: Any, root: Path, endpoint: str = "", **changes: Any) -> Any:
         "repair": False,
         "keep_revisions": -1,
         "in_use": [],
+        "used_by": [],
         "reserve_bytes": 0,
         "peers": {},
         "backoff": 0.02,

@@ -118,6 +118,23 @@ class Place(object):
             return self.link
         return None
 
+    def same_files(self, entries):
+        """(entry, path) of files that another revision, or the folder under repair, has by its stamp's hash and by size."""
+        known = dict((entry["sha256"], entry) for entry in entries if entry.get("sha256"))
+        for name in sorted(os.listdir(self.base)) if os.path.isdir(self.base) else ():
+            folder = os.path.join(self.base, name)
+            stamp = None if os.path.islink(folder) else any_stamp(folder)
+            for old in stamp["files"] if stamp else ():
+                entry, path = known.get(old["sha256"]), os.path.join(folder, old["path"])
+                if entry and os.path.isfile(path) and os.path.getsize(path) == entry["size"]:
+                    yield entry, path
+
+    def linked_bytes(self, commit, entries):
+        """Bytes of the commit that will be linked to files that are there, and take no room; without what has come already."""
+        checked = os.path.join(self.staging(commit), "files")
+        sizes = dict((entry["path"], entry["size"]) for entry, dummy in self.same_files(entries))
+        return sum(size for path, size in sizes.items() if not os.path.exists(os.path.join(checked, path)))
+
     def staged_bytes(self, commit):
         """Bytes of the commit that have come already."""
         total = 0
@@ -126,6 +143,16 @@ class Place(object):
                 folders.sort()
                 total += sum(os.lstat(os.path.join(parent, name)).st_size for name in names)
         return total
+
+
+def any_stamp(folder):
+    """What the stamp of a folder says, whatever model it is of."""
+    try:
+        with open(os.path.join(folder, STAMP)) as handle:
+            stamp = json.load(handle)
+        return stamp if stamp["format"] == FORMAT else None
+    except (IOError, OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def differences(folder, files):

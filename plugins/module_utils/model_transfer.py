@@ -13,6 +13,7 @@ __metaclass__ = type
 
 import ctypes
 import errno
+import glob
 import json
 import os
 import queue
@@ -27,7 +28,7 @@ import threading
 import time
 from http.client import HTTPException, HTTPSConnection
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from socketserver import ThreadingMixIn
+from socketserver import TCPServer, ThreadingMixIn
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import url2pathname
@@ -314,6 +315,7 @@ class Fetch(object):
     def _bring(self):
         self._prepare()
         self._adopt()
+        self._check_room()
         self.status.set(state="fetching")
         waiting = sorted(self.entries, key=lambda entry: (-entry["size"], entry["path"]))
         waiting.reverse()
@@ -419,6 +421,9 @@ class Fetch(object):
                     os.makedirs(parent)
         if not os.path.isdir(self.place.base):
             os.makedirs(self.place.base)
+
+    def _check_room(self):
+        """Once all is linked that can be: that has come already, and takes no room."""
         have = self.place.staged_bytes(self.commit)
         need = sum(entry["size"] for entry in self.entries) - have + self.job["reserve_bytes"]
         free = model_store.free_bytes(self.job["root"])
@@ -430,30 +435,17 @@ class Fetch(object):
 
     def _adopt(self):
         """Links files that another revision, or the folder under repair, has with the right bytes."""
-        known = dict((entry["sha256"], entry) for entry in self.entries if entry.get("sha256"))
-        for name in sorted(os.listdir(self.place.base)):
-            folder = os.path.join(self.place.base, name)
-            stamp = None if os.path.islink(folder) else self._any_stamp(folder)
-            for old in stamp["files"] if stamp else ():
-                entry = known.get(old["sha256"])
-                if entry is None:
-                    continue
-                source, target = os.path.join(folder, old["path"]), os.path.join(self.staging, "files", entry["path"])
-                if os.path.exists(target) or not os.path.isfile(source) or os.path.getsize(source) != entry["size"]:
-                    continue
-                digests = model_store.Digests(entry)
+        for entry, source in self.place.same_files(self.entries):
+            target = os.path.join(self.staging, "files", entry["path"])
+            if os.path.exists(target):
+                continue
+            digests = model_store.Digests(entry)
+            try:
                 model_store.hash_file(source, digests)
                 if not digests.wrong():
                     os.link(source, target)
-
-    @staticmethod
-    def _any_stamp(folder):
-        try:
-            with open(os.path.join(folder, model_store.STAMP)) as handle:
-                stamp = json.load(handle)
-            return stamp if stamp["format"] == model_store.FORMAT else None
-        except (IOError, OSError, ValueError, KeyError, TypeError):
-            return None
+            except OSError as error:  # some file systems (CIFS, exFAT) know no hard links
+                self.status.note("%s is fetched, as it cannot be linked: %s" % (entry["path"], error.strerror))
 
     def _prune(self):
         """Removes old revisions beyond those that are to be kept; what a link leads to, and what is in use, stays."""
@@ -462,18 +454,32 @@ class Fetch(object):
             return
         base = self.place.base
         names = os.listdir(base)
+        try:
+            scripts = "".join(self._scripts())
+        except OSError as error:
+            self.status.note("old revisions stay, as %s cannot be read: %s" % (error.filename, error.strerror))
+            return
         wanted = {os.readlink(os.path.join(base, name)) for name in names if os.path.islink(os.path.join(base, name))}
         wanted.update([self.commit], (os.path.basename(path) for path in self.job["in_use"]))
+        # However the root was written when a service was set up: the end of the path says which revision it is.
+        wanted.update(name for name in names if "/%s/%s" % (self.place.name, name) in scripts)
         old = []
         for name in names:
             folder = os.path.join(base, name)
-            if name not in wanted and not os.path.islink(folder) and self._any_stamp(folder):
+            if name not in wanted and not os.path.islink(folder) and model_store.any_stamp(folder):
                 old.append((os.path.getmtime(os.path.join(folder, model_store.STAMP)), folder))
         for folder in [folder for dummy, folder in sorted(old, reverse=True)][keep:]:
             gone = os.path.join(self.job["root"], ".staging", "gone-" + os.path.basename(folder))
             os.rename(folder, gone)
             shutil.rmtree(gone, ignore_errors=True)
             self.status.note("removed the old revision %s" % folder)
+
+    def _scripts(self):
+        """What services of this host are started with, now and in what they go back to if their next start fails."""
+        for pattern in self.job["used_by"]:
+            for path in glob.glob(pattern):
+                with open(path, errors="replace") as handle:
+                    yield handle.read()
 
     # ---- one file ----
 
@@ -504,12 +510,21 @@ class Fetch(object):
             if mismatches == MISMATCHES:
                 raise Failed(
                     "%s of %s came %d times with %s: the hub sends other bytes than it lists. Run again later, or give another "
-                    "mirror" % (entry["path"], self.model["model"], mismatches, wrong)
+                    "mirror%s" % (entry["path"], self.model["model"], mismatches, wrong, self._moved_on())
                 )
         entry["sha256"] = digests.sha256.hexdigest()
         with open(part, "rb") as handle:
             os.fsync(handle.fileno())
         os.rename(part, target)
+
+    def _moved_on(self):
+        """What else it may be where no commit can be asked for, and the listing may be another host's, from long ago."""
+        if self.model["source"] == "huggingface":
+            return ""
+        return (
+            "; or it has moved on since another host fetched it: open the port between the hosts%s, or give model_update=true"
+            % "".join(" (%d)" % peer["port"] for peer in (self.job["peers"].get("upstreams") or [])[:1])
+        )
 
     def _discard(self, part, size):
         os.unlink(part)
@@ -886,6 +901,20 @@ class Handler(BaseHTTPRequestHandler):
         """There is nobody to read it."""
 
 
+def listening_family():
+    """IPv6, which hears IPv4 as well, where the kernel has it."""
+    try:
+        probe = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+        try:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            probe.bind(("::", 0))
+        finally:
+            probe.close()
+    except OSError:
+        return socket.AF_INET
+    return socket.AF_INET6
+
+
 class Server(ThreadingMixIn, HTTPServer):
     """Hands the model on to neighbours while it comes."""
 
@@ -897,10 +926,16 @@ class Server(ThreadingMixIn, HTTPServer):
         self.fetch, self.peers = fetch, fetch.job["peers"]
         self.heard, self.done = time.time(), set()
         self.context = tls_context(self.peers, fetch.staging, True)
+        self.address_family = listening_family()
         HTTPServer.__init__(self, ("", self.peers["port"]), Handler, bind_and_activate=False)
         thread = threading.Thread(target=self._serve)
         thread.daemon = True
         thread.start()
+
+    def server_bind(self):
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        TCPServer.server_bind(self)  # HTTPServer's asks DNS for a name that nobody needs
 
     def _serve(self):
         # An earlier run may still be handing on what it has.

@@ -90,6 +90,13 @@ options:
     type: list
     elements: str
     default: []
+  used_by:
+    description:
+      - Files that name folders of models in use, also as patterns such as C(/etc/vllm/*/start.sh). Revisions that one of them
+        names stay whatever O(keep_revisions) says, and all do if one cannot be read.
+    type: list
+    elements: str
+    default: []
   peers:
     description: How the model goes from host to host; P(baremetal.vllm.model_routes#filter) makes it.
     type: dict
@@ -224,7 +231,8 @@ def start(module, place, status_path):
         (name, params[name]) for name in ("root", "endpoint", "token", "client_python", "jobs", "timeout", "verify")
     )
     job.update(client_required=params["client_required"])
-    job.update(model=model, repair=params["repair"], keep_revisions=params["keep_revisions"], in_use=params["in_use"])
+    job.update(model=model, repair=params["repair"], keep_revisions=params["keep_revisions"])
+    job.update(in_use=params["in_use"], used_by=params["used_by"])
     job.update(reserve_bytes=params["reserve_mib"] * model_transfer.MIB, peers=params["peers"] or {}, backoff=0.5)
     job["selected"] = hubs.selection(params["include"], params["exclude"], params["duplicates"])
     status = model_transfer.Status(status_path, sum(entry["size"] for entry in model["files"]))
@@ -283,6 +291,7 @@ def main():
             "repair": {"type": "bool", "default": False},
             "keep_revisions": {"type": "int", "default": -1},
             "in_use": {"type": "list", "elements": "str", "default": []},
+            "used_by": {"type": "list", "elements": "str", "default": []},
             "peers": {"type": "dict", "options": peers},
             "interval": {"type": "int", "default": 10},
         },

@@ -132,7 +132,9 @@ models:
       description: V(huggingface), V(modelscope), V(http), V(path) or V(generated).
       type: str
     staged_bytes:
-      description: Bytes that an earlier run has brought already, of a model that is not V(present).
+      description:
+        - Bytes of a model that is not V(present) that need no room any more, as an earlier run has brought them already, or as
+          another revision or the folder under repair has the same file.
       type: int
     unreachable:
       description: Whether the RV(models.problem) is that the hub cannot be asked from this host.
@@ -291,8 +293,8 @@ def from_hub(params, model, known):
             facts["config"] = with_sentence_length(config, [entry["path"] for entry in files], read)
     facts["weights_bytes"] = weight_size(dict((entry["path"], entry["size"]) for entry in files))
     facts["bytes"] = sum(entry["size"] for entry in files)
-    if not facts["present"] and stamp is None:
-        facts["staged_bytes"] = place.staged_bytes(commit)
+    if not facts["present"]:
+        facts["staged_bytes"] = place.staged_bytes(commit) + place.linked_bytes(commit, files)
     return facts
 
 

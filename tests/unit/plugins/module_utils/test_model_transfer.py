@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -17,6 +18,9 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import unquote
+from urllib.request import HTTPRedirectHandler
 
 import model_jobs
 import pytest
@@ -26,6 +30,7 @@ from ansible_collections.baremetal.vllm.plugins.module_utils import hubs, model_
 from ansible_collections.baremetal.vllm.plugins.module_utils.hubs import Problem
 from ansible_collections.baremetal.vllm.plugins.module_utils.model_transfer import Failed
 from ansible_collections.baremetal.vllm.tests.fakes.hub import Fault, Hub, Link
+from ansible_collections.baremetal.vllm.tests.fakes.server import Answer, Handler, Server
 
 REPO = "owner/tiny-1.0"
 BIG = "model-00001-of-00002.safetensors"
@@ -199,11 +204,24 @@ def test_a_hub_whose_files_change_after_the_listing(hub: Hub, tmp_path: Path) ->
     job = model_jobs.make_job(model_jobs.read_model(REPO, hub.url, "modelscope"), tmp_path / "models", hub.url)
     newer = write(tmp_path / "newer", seed=1)
     hub.add(REPO, newer)
-    with pytest.raises(Failed, match="the hub sends other bytes than it lists"):
+    moved = (
+        "it has moved on since another host fetched it: open the port between the hosts%s, or give model_update=true$"
+    )
+    with pytest.raises(Failed, match="the hub sends other bytes than it lists.*" + moved % ""):
         model_jobs.run(job)
+    upstream = {"upstreams": [{"host": "127.0.0.1", "port": 9}], "start": 0}
+    with pytest.raises(Failed, match=moved % r" \(9\)"):
+        model_jobs.run({**job, "peers": {**peer_certificate("test"), **upstream}})
     job = model_jobs.make_job(model_jobs.read_model(REPO, hub.url, "modelscope"), tmp_path / "models", hub.url)
     model_jobs.run(job)
     assert same(final(job), newer)
+
+
+def test_a_commit_does_not_move_on(hub: Hub, tmp_path: Path) -> None:
+    job = model_jobs.make_job(model_jobs.read_model(REPO, hub.url), tmp_path / "models", hub.url)
+    hub.faults.append(Fault(at(job), corrupt_at=5))
+    with pytest.raises(Failed, match=r"or give another mirror$"):
+        model_jobs.run(job)
 
 
 def test_a_new_revision_takes_what_is_the_same(hub: Hub, job: Any, tmp_path: Path) -> None:
@@ -232,11 +250,73 @@ def test_old_revisions_go_by_choice(hub: Hub, job: Any, tmp_path: Path) -> None:
     assert foreign.exists()
 
 
+def test_revisions_that_services_run_with_stay(hub: Hub, job: Any, tmp_path: Path) -> None:
+    """Whatever the new plan is: until it runs, and if it does not start, they are what there is."""
+    jobs = []
+    for seed in range(5):
+        hub.add(REPO, write(tmp_path / f"v{seed}", seed=seed))
+        jobs.append({**job, "model": model_jobs.read_model(REPO, hub.url, job["model"]["source"])})
+        model_jobs.run(jobs[-1])
+    for script, used in {"one/start.sh": jobs[0], "two/good/serve.sh": jobs[1]}.items():
+        path = tmp_path / "etc" / script
+        path.parent.mkdir(parents=True)
+        # The folder of models may have had another name then.
+        path.write_bytes(
+            f"exec python --model '/other/{REPO}/{used['model']['commit']}' \\\n  --x ".encode() + b"\xff\n"
+        )
+    (tmp_path / "etc/two/start.sh").symlink_to("nowhere")
+    last = {
+        **jobs[-1],
+        "keep_revisions": 0,
+        "used_by": [f"{tmp_path}/etc/{pattern}" for pattern in ("*/start.sh", "*/good/serve.sh")],
+    }
+    status = model_jobs.run(last)[1]
+    assert all(final(each).exists() for each in jobs), "who can tell what that service runs with?"
+    assert f"old revisions stay, as {tmp_path}/etc/two/start.sh cannot be read: No such file" in status["notes"][0]
+    (tmp_path / "etc/two/start.sh").unlink()
+    model_jobs.run(last)
+    assert [final(each).exists() for each in jobs] == [True, True, False, False, True]
+
+
 def test_a_full_disk_is_seen_before(job: Any, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_store, "free_bytes", lambda path: 1_000_000)
     with pytest.raises(Failed, match=r"has 0 MiB free, and 4 MiB are needed for owner/tiny-1.0 and the reserve"):
         model_jobs.run(job)
     assert not hub.requests
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_is_linked_needs_no_room(
+    hub: Hub, origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    job = model_jobs.make_job(model_jobs.read_model(REPO, hub.url, source), tmp_path / "models", hub.url)
+    model_jobs.run(job)
+    monkeypatch.setattr(model_store, "free_bytes", lambda path: 1_000_000)
+    (final(job) / "model-00002-of-00002.safetensors").write_bytes(b"x")
+    assert model_jobs.run({**job, "repair": True})[0] and same(final(job), origin)
+    (origin / "model-00002-of-00002.safetensors").write_bytes(b"y" * 600_000)
+    hub.add(REPO, origin)
+    again = {**job, "model": model_jobs.read_model(REPO, hub.url, source)}
+    assert model_jobs.run(again)[0] and same(final(again), origin)
+
+
+def test_a_file_system_without_links(
+    job: Any, hub: Hub, origin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_jobs.run(job)
+    hub.add(REPO, write(tmp_path / "newer", seed=1))
+    again = {**job, "model": model_jobs.read_model(REPO, hub.url, job["model"]["source"])}
+
+    def link(source: str, target: str) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(model_transfer.os, "link", link)
+    status = model_jobs.run(again)[1]
+    assert same(final(again), tmp_path / "newer")
+    assert (
+        "model-00002-of-00002.safetensors is fetched, as it cannot be linked: Operation not permitted"
+        in status["notes"]
+    )
 
 
 def test_a_disk_that_fills_up(job: Any, origin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,6 +465,47 @@ def test_a_folder_with_an_index_page(web: str, origin: Path, tmp_path: Path) -> 
     assert model_jobs.read_model(web, "", "http")["commit"] != model["commit"]
 
 
+class Moved(Server):
+    """Sends whoever comes to another server."""
+
+    def __init__(self, target: str, status: int) -> None:
+        super().__init__()
+        self.target, self.status = target, status
+
+    def respond(self, request: Handler) -> Answer:
+        return Answer(self.status, b"", {"Location": self.target + request.path})
+
+
+def test_sizes_behind_a_redirect_cost_no_download(origin: Path) -> None:
+    class Files(Server):
+        def respond(self, request: Handler) -> Answer:
+            path = origin / unquote(request.path).lstrip("/")
+            return Answer(200, path.read_bytes()) if path.is_file() else Answer(404)
+
+    manifest(origin)
+    with Files() as files, Moved(files.url, 302) as moved:
+        model = model_jobs.read_model(f"{moved.url}/", "", "http")
+        asked = {(method, path) for method, path, _ in files.requests}
+    assert {entry["path"]: entry["size"] for entry in model["files"]}[BIG] == SIZE
+    assert asked >= {("HEAD", f"/{BIG}"), ("GET", f"/{hubs.MANIFEST}")}
+    assert ("GET", f"/{BIG}") not in asked
+
+
+def test_a_permanent_redirect_with_an_old_python(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """308 is in urllib since Python 3.11: what is there before is put in its place."""
+    real = HTTPRedirectHandler.redirect_request
+
+    def before(self: Any, request: Any, answer: Any, code: int, message: str, headers: Any, url: str) -> Any:
+        if code == 308:
+            raise HTTPError(request.full_url, code, message, headers, answer)
+        return real(self, request, answer, code, message, headers, url)
+
+    monkeypatch.setattr(HTTPRedirectHandler, "redirect_request", before)
+    monkeypatch.delattr(HTTPRedirectHandler, "http_error_308", raising=False)
+    with Moved(hub.url, 308) as moved:
+        assert model_jobs.read_model(REPO, moved.url)["commit"] == hub.repositories[REPO].revisions["main"]
+
+
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../b", "a//b", "", "a\\b"])
 def test_paths_that_leave_the_folder(path: str) -> None:
     with pytest.raises(Problem, match="is not to be trusted"):
@@ -402,8 +523,6 @@ def test_a_list_that_is_none(web: str, origin: Path) -> None:
 
 @pytest.fixture
 def port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -466,6 +585,34 @@ def test_a_proxy_is_for_the_hub_alone(
     assert all(same(final(job), origin) for job in jobs)
     assert any(path.startswith("http://hub.invalid/") for _, path, _ in hub.requests)
     assert hub.sent_bytes == sum(entry["size"] for entry in jobs[0]["model"]["files"])
+
+
+@pytest.mark.parametrize(("kernel", "address"), [("both", "127.0.0.1"), ("both", "::1"), ("no IPv6", "127.0.0.1")])
+def test_neighbours_by_each_protocol(
+    hub: Hub, origin: Path, line: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch, kernel: str, address: str
+) -> None:
+    real = socket.socket
+
+    def old(family: int = -1, *arguments: Any, **named: Any) -> Any:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(family, *arguments, **named)
+
+    if kernel == "no IPv6":
+        monkeypatch.setattr(model_transfer.socket, "socket", old)
+    elif model_transfer.listening_family() != socket.AF_INET6:
+        pytest.skip("this kernel has no IPv6")
+    first, second = line(2, hub=False)
+    first["peers"]["hub"] = True
+    second["peers"]["upstreams"][0]["host"] = address
+    second["peers"]["start"] = 10
+    process = model_jobs.spawn(first)
+    monkeypatch.setattr(model_transfer.socket, "socket", real)
+    status = model_jobs.run(second)[1]
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    assert same(final(second), origin)
+    assert status["peer_bytes"] == status["total_bytes"]
 
 
 def test_a_host_of_the_line_dies(hub: Hub, origin: Path, line: Callable[..., list[Any]]) -> None:

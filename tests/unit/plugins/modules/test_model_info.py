@@ -175,6 +175,30 @@ def test_a_folder_that_was_changed_by_hand(read: Callable[..., Any], tmp_path: P
     assert (facts["problem"], facts["present"], facts["config"]) == ("", False, CONFIG)
 
 
+def test_what_needs_no_room(hub: Hub, read: Callable[..., Any], tmp_path: Path) -> None:
+    """Of a model that is repaired or updated, what is there already will be linked."""
+    path = fetched(tmp_path)
+    stamp = json.loads((path / model_store.STAMP).read_text())
+    for entry in stamp["files"]:
+        entry["sha256"] = hashlib.sha256((path / entry["path"]).read_bytes()).hexdigest()
+    (path / model_store.STAMP).write_text(json.dumps(stamp))
+    (path / "model-00002-of-00002.safetensors").unlink()
+    facts = read(settings={"repair": True})
+    assert (facts["present"], facts["bytes"] - facts["staged_bytes"]) == (False, 500)
+    facts = read(endpoint=hub.url, settings={"update": True})
+    # The listing tells the hashes of weights alone.
+    assert (facts["commit"], facts["staged_bytes"]) == (hub.repositories[REPO].revisions["main"], 3000 + 9000)
+    place = model_store.Place(str(tmp_path / "models"), {"model": REPO, "source": "huggingface", "revision": "main"})
+    write(Path(place.staging(facts["commit"])) / "files", {"model-00001-of-00002.safetensors": b"a" * 3000})
+    again = read(endpoint=hub.url, settings={"update": True})
+    assert again["staged_bytes"] == facts["staged_bytes"], "what is linked already counts once"
+    # The folder is whole, and only the link to it is gone.
+    (path / "model-00002-of-00002.safetensors").write_bytes(b"b" * 500)
+    Path(place.link).unlink()
+    facts = read(settings={"known": {"chat": {"commit": COMMIT, "files": [], "config": CONFIG}}})
+    assert (facts["present"], facts["bytes"] - facts["staged_bytes"]) == (False, 0)
+
+
 def test_another_selection_is_another_model(hub: Hub, read: Callable[..., Any], tmp_path: Path) -> None:
     fetched(tmp_path)
     assert read(endpoint=hub.url, settings={"exclude": ["tok*"]})["present"] is False
