@@ -32,6 +32,7 @@ _value:
   elements: raw
 """
 
+import contextlib
 from typing import Any
 
 import yaml
@@ -40,10 +41,8 @@ import yaml
 def listed(value: Any) -> list[Any]:
     """Raises nothing: what is no list in YAML is taken apart at its commas."""
     if isinstance(value, str) and value.strip().startswith("["):
-        try:
+        with contextlib.suppress(yaml.YAMLError):
             value = yaml.safe_load(value)
-        except yaml.YAMLError:
-            pass
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     if value is None:
