@@ -167,7 +167,9 @@ def test_the_python_that_every_build_takes(devices: list[str], versions: list[st
     assert judge(services, probe(pythons=pythons))["python"] == f"/p/{taken}"
 
 
-@pytest.mark.parametrize(("version", "taken"), [("0.8.5.post1", "/p/3.12.3"), ("0.3.0", "/p/3.12.3"), ("0.10.2", "/p/3.13.5")])
+@pytest.mark.parametrize(
+    ("version", "taken"), [("0.8.5.post1", "/p/3.12.3"), ("0.3.0", "/p/3.12.3"), ("0.10.2", "/p/3.13.5")]
+)
 def test_the_python_that_an_older_release_takes(version: str, taken: str) -> None:
     """V100 get 0.8.5.post1, whose wheels refuse the Python of Debian 13."""
     pythons = [{**PYTHON, "path": f"/p/{number}", "version": number} for number in ("3.13.5", "3.12.3")]
