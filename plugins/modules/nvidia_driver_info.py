@@ -165,7 +165,7 @@ running_kernel:
   returned: success
   type: str
 secure_boot:
-  description: Whether the firmware lets only signed modules in.
+  description: Whether only signed modules are let in.
   returned: success
   type: bool
 short:
@@ -233,13 +233,13 @@ from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import (
     read,
     run,
     sha256,
+    signed_modules_only,
     which,
 )
 
 MODULES = "/sys/module"
 PROC = "/proc"
 NVSWITCH = "/proc/driver/nvidia-nvswitch/devices"
-EFI = "/sys/firmware/efi/efivars"
 # Names of the module: everybody's, and those of Debian's packages.
 NAMES = ("nvidia", "nvidia-current", "nvidia-current-open")
 KERNELS = "/lib/modules"
@@ -365,17 +365,6 @@ def next_kernel(running):
     releases = [os.path.basename(path)[len("vmlinuz-") :] for path in glob.glob(BOOT + "/vmlinuz-*")]
     releases = [name for name in releases if os.path.isdir(os.path.join(KERNELS, name))]
     return max(releases, key=version_key) if releases else running
-
-
-def secure_boot():
-    """Whether the firmware lets only signed modules in: the last byte of the EFI variable of that name."""
-    for path in glob.glob(os.path.join(EFI, "SecureBoot-*")):
-        try:
-            with open(path, "rb") as handle:
-                return handle.read()[-1:] == b"\x01"
-        except OSError:
-            return False
-    return False
 
 
 def signing_key():
@@ -529,7 +518,7 @@ def look_meanwhile(asked):
         "compiler": compiler(kernel),
         "headers": headers(kernel),
         "next_headers": headers(following),
-        "secure_boot": secure_boot(),
+        "secure_boot": bool(signed_modules_only()),
         "signing_key": signing_key(),
         "users": users(),
         "x_servers": x_servers(),

@@ -86,11 +86,25 @@ def test_the_next_kernel_is_the_newest_that_has_modules(tmp_path, monkeypatch):
     assert nvidia_driver_info.next_kernel("6.1.0-9-amd64") == "6.1.0-56-amd64"
 
 
-@pytest.mark.parametrize(("value", "expected"), [(b"\x06\0\0\0\x01", True), (b"\x06\0\0\0\0", False)])
-def test_secure_boot(tmp_path, monkeypatch, value, expected):
-    (tmp_path / "SecureBoot-8be4df61").write_bytes(value)
-    monkeypatch.setattr(nvidia_driver_info, "EFI", str(tmp_path))
-    assert nvidia_driver_info.secure_boot() is expected
+ON, OFF = b"\x06\0\0\0\x01", b"\x06\0\0\0\0"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"SecureBoot": ON}, True),
+        ({"SecureBoot": OFF}, False),
+        ({"SecureBoot": ON, "MokSBStateRT": OFF}, True),
+        ({"SecureBoot": ON, "MokSBStateRT": ON}, False),  # shim's validation is switched off
+        ({}, False),
+    ],
+)
+def test_secure_boot(run_module: Callable[..., dict[str, Any]], tmp_path, monkeypatch, files, expected):
+    (tmp_path / "efivars").mkdir()
+    for name, value in files.items():
+        (tmp_path / f"efivars/{name}-8be4df61").write_bytes(value)
+    monkeypatch.setattr(host_look, "EFI", str(tmp_path))
+    assert run_module(nvidia_driver_info)["secure_boot"] is expected
 
 
 def test_gpus_and_switches_are_told_apart(tmp_path, monkeypatch):
