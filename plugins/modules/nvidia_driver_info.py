@@ -195,7 +195,7 @@ units:
   returned: success
   type: dict
 users:
-  description: C(pid), C(command), C(unit) and C(container) of each process that holds a GPU.
+  description: C(pid), C(command), C(unit) and C(container) of each process that holds a GPU. A container's unit is that of its name.
   returned: success
   type: list
   elements: dict
@@ -218,6 +218,7 @@ import glob
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -381,6 +382,17 @@ def groups(pid):
     return [line.rpartition(":")[2] for line in read("%s/%s/cgroup" % (PROC, pid)).splitlines()]
 
 
+@lru_cache(maxsize=None)
+def unit_of_container(container):
+    """The unit that keeps a container up, which is named like it, empty where none does.
+
+    Such a unit starts a stopped container anew, and with --rm there is none left to start afterwards.
+    """
+    name = output("docker", "inspect", "-f", "{{.Name}}", container).strip().lstrip("/")
+    unit = name + ".service"
+    return unit if name and run("systemctl", "is-active", "--quiet", unit)[0] == 0 else ""
+
+
 def owner(pid):
     """What started a process, by its control group: {unit, container}."""
     # This host may be a container itself: what is above it is not its own.
@@ -391,7 +403,8 @@ def owner(pid):
                 path = path[len(folder) :]
         container = re.search(CONTAINER, path)
         if container:
-            return {"unit": "", "container": container.group(1)[:12]}
+            identity = container.group(1)[:12]
+            return {"unit": unit_of_container(identity), "container": identity}
         unit = re.findall(r"/([^/]+\.service)", path)
         if unit and not unit[-1].startswith(("user@", "ssh", "sshd")):
             return {"unit": unit[-1], "container": ""}

@@ -141,6 +141,30 @@ def test_owner_of_a_process(tmp_path, monkeypatch, line, unit, container):
     assert nvidia_driver_info.owner("42") == {"unit": unit, "container": container}
 
 
+@pytest.mark.parametrize(
+    ("container", "name", "unit"),
+    [
+        ("ef" * 32, "vllm-chat", "vllm-chat.service"),
+        ("aa" * 32, "vllm-former", ""),  # its unit is not up
+        ("bb" * 32, "", ""),  # Docker does not know it
+    ],
+)
+def test_a_container_belongs_to_the_active_unit_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str, name: str, unit: str
+) -> None:
+    for program, text in (
+        ("docker", f"echo {name and '/' + name}"),
+        ("systemctl", 'test "$*" = "is-active --quiet vllm-chat.service"'),
+    ):
+        (tmp_path / program).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / program).chmod(0o755)
+    monkeypatch.setattr(host_look, "PATHS", f"{tmp_path}:{host_look.PATHS}")
+    (tmp_path / "42").mkdir()
+    (tmp_path / "42/cgroup").write_text(f"0::/system.slice/docker-{container}.scope\n")
+    monkeypatch.setattr(nvidia_driver_info, "PROC", str(tmp_path))
+    assert nvidia_driver_info.owner("42") == {"unit": unit, "container": container[:12]}
+
+
 def test_a_disk_that_is_too_small_is_named(tmp_path):
     assert nvidia_driver_info.short_of_space({str(tmp_path / "not" / "yet"): 1}) == []
     (line,) = nvidia_driver_info.short_of_space({str(tmp_path): 10**9})
