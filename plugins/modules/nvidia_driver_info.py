@@ -461,7 +461,8 @@ def units(names):
             found[fields["Id"]] = {
                 "exists": fields.get("LoadState") == "loaded",
                 "active": fields.get("ActiveState") == "active",
-                "enabled": fields.get("UnitFileState") == "enabled",
+                # One without [Install], as Ubuntu has them, cannot be enabled: something else starts it.
+                "enabled": fields.get("UnitFileState") in ("enabled", "static"),
             }
     return found
 

@@ -5,6 +5,7 @@ written here. The same on test hosts: molecule/nvidia_driver_changes_standin and
 from __future__ import annotations
 
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,43 @@ def test_a_unit_that_is_no_longer_wanted_goes(host: Callable[..., Any], option: 
         assert (path in host("__nvidia_driver_stale_files", ROCKY9, H200, found=found, **asked)) is wanted
         assert (path in host("__nvidia_driver_leftover_files", ROCKY9, H200, found=found, **asked)) is not wanted
         assert host("__nvidia_driver_work_needed", ROCKY9, H200, found=found, **asked)
+
+
+@pytest.mark.parametrize(
+    ("facts", "said", "own"),
+    [(UBUNTU, PACKAGE, True), (UBUNTU, RUNFILE, True), (DEBIAN, PACKAGE, False), (ROCKY9, PACKAGE, False)],
+)
+def test_the_unit_of_ubuntus_packages_gives_way(
+    host: Callable[..., Any], facts: dict[str, str], said: dict[str, Any], own: bool
+) -> None:
+    """It has the daemon do without persistence."""
+    path = "/etc/systemd/system/nvidia-persistenced.service"
+    assert (path in host("__nvidia_driver_stale_files", facts, H200, **said)) is own
+    found = {"files": {path: "a sum"}}
+    assert (path in host("__nvidia_driver_leftover_files", facts, H200, found=found, **said)) is not own
+    unwanted = {**said, "nvidia_driver_persistenced": False}
+    assert path in host("__nvidia_driver_leftover_files", facts, H200, found=found, **unwanted)
+
+
+def test_a_daemon_is_started_anew_by_a_unit_that_is_new(host: Callable[..., Any]) -> None:
+    tasks = yaml.safe_load((ROLE / "tasks/services.yml").read_text())
+    (state,) = (
+        task["ansible.builtin.systemd_service"]["state"]
+        for task in tasks
+        if task["name"].startswith("Enable the units")
+    )
+    expression = state.strip().removeprefix("{{").removesuffix("}}")
+    path = "/etc/systemd/system/nvidia-persistenced.service"
+    written = sha256((ROLE / "files" / Path(path).name).read_bytes()).hexdigest()
+    for there, unit, expected in (
+        ("", "nvidia-persistenced", "restarted"),
+        (written, "nvidia-persistenced", "started"),
+        ("", "nvidia-fabricmanager", "started"),
+        ("", "baremetal-nvidia-check", "left out"),
+    ):
+        found = installed("580.95.05", files={path: there})
+        asked = {**PACKAGE, "omit": "left out", "item": f"{unit}.service"}
+        assert host(expression, UBUNTU, H200, found=found, **asked) == expected
 
 
 def test_a_compiler_that_is_named_is_installed_and_is_that_of_every_later_build(host: Callable[..., Any]) -> None:

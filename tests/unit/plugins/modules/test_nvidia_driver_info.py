@@ -165,6 +165,16 @@ def test_a_container_belongs_to_the_active_unit_of_its_name(
     assert nvidia_driver_info.owner("42") == {"unit": unit, "container": container[:12]}
 
 
+@pytest.mark.parametrize(("state", "enabled"), [("enabled", True), ("static", True), ("disabled", False), ("", False)])
+def test_a_unit_that_cannot_be_enabled_is_as_good_as_enabled(
+    monkeypatch: pytest.MonkeyPatch, state: str, enabled: bool
+) -> None:
+    text = f"Id=a.service\nLoadState=loaded\nActiveState=active\nUnitFileState={state}\n"
+    monkeypatch.setattr(nvidia_driver_info, "output", lambda *argv: text)
+    expected = {"exists": True, "active": True, "enabled": enabled}
+    assert nvidia_driver_info.units(["a.service"]) == {"a.service": expected}
+
+
 def test_a_disk_that_is_too_small_is_named(tmp_path):
     assert nvidia_driver_info.short_of_space({str(tmp_path / "not" / "yet"): 1}) == []
     (line,) = nvidia_driver_info.short_of_space({str(tmp_path): 10**9})
