@@ -305,6 +305,36 @@ def test_a_daemon_is_started_anew_by_a_unit_that_is_new(host: Callable[..., Any]
         assert host(expression, UBUNTU, H200, found=found, **asked) == expected
 
 
+@pytest.mark.parametrize(
+    ("drivers", "said", "problem"),
+    [
+        (["nvidia", "nvidia"], {}, "nvidia-smi sees 1 of 2 GPUs"),
+        (["nvidia", ""], {}, "nvidia-smi sees 1 of 2 GPUs"),
+        (["nvidia", "vfio-pci"], {}, ""),
+        (["nvidia", "nvgrace-gpu-vfio-pci"], {}, ""),
+        (["nvidia", "nvidia"], {"preflight_accept": ["gpu"]}, ""),
+        (["nvidia", "nvidia"], {"preflight_accept": "clock"}, "nvidia-smi sees 1 of 2 GPUs"),
+    ],
+)
+def test_gpus_that_the_driver_need_not_list(
+    host: Callable[..., Any], drivers: list[str], said: dict[str, Any], problem: str
+) -> None:
+    gpus = [{"address": f"0000:1{n}:00.0", "device_id": H200, "driver": name} for n, name in enumerate(drivers)]
+    found = installed("580.95.05", gpus=gpus)
+    assert host("__nvidia_driver_disproved", ROCKY9, found=found, **PACKAGE, **said) == ([problem] if problem else [])
+
+
+def test_a_gpu_of_a_virtual_machine_is_in_the_way_only_where_it_is_the_only_one(host: Callable[..., Any]) -> None:
+    given, own = ({"address": "0000:10:00.0", "device_id": H200, "driver": name} for name in ("vfio-pci", ""))
+    assert host("__nvidia_driver_problems", ROCKY9, found={"gpus": [given, own]}, **RUNFILE) == []
+    (problem,) = host("__nvidia_driver_problems", ROCKY9, found={"gpus": [given]}, **RUNFILE)
+    assert "the driver vfio-pci holds the GPU 0000:10:00.0" in problem
+    (problem,) = host(
+        "__nvidia_driver_problems", ROCKY9, found={"gpus": [given, {**own, "driver": "nouveau"}]}, **RUNFILE
+    )
+    assert "the driver nouveau holds the GPU" in problem
+
+
 def test_a_compiler_that_is_named_is_installed_and_is_that_of_every_later_build(host: Callable[..., Any]) -> None:
     said = {"nvidia_driver_compiler": "x86_64-linux-gnu-gcc-13"}
     assert host("__nvidia_driver_compiler_missing", UBUNTU, H200, **said) is True
