@@ -335,6 +335,54 @@ def test_a_gpu_of_a_virtual_machine_is_in_the_way_only_where_it_is_the_only_one(
     assert "the driver nouveau holds the GPU" in problem
 
 
+@pytest.mark.parametrize(
+    ("said", "managed", "to_be"),
+    [
+        ({}, False, ""),
+        ({"nvidia_driver_branch": "570"}, True, "570.211.01"),
+        ({"nvidia_driver_kernel": "6.1.0-56-amd64"}, True, "580.159.04"),
+        ({"nvidia_driver_state": "present"}, True, ""),
+        ({"nvidia_driver_hold": True}, True, ""),
+        ({"nvidia_driver_hold": False}, True, ""),  # lets go of what was held
+        ({"nvidia_driver_fabric_manager": "always"}, True, ""),
+        ({"nvidia_driver_persistenced": False}, True, ""),
+        ({"nvidia_driver_boot_check": False}, True, ""),
+        ({"nvidia_driver_module_options": {"nvidia_uvm": "uvm_disable_hmm=1"}}, True, ""),
+        ({"nvidia_driver_compiler": "gcc-12"}, True, ""),
+        ({"nvidia_driver_hold": True, "baremetal_nvidia_driver": False}, False, ""),
+        ({"baremetal_nvidia_driver": True}, True, ""),
+        # Would have a driver that works installed anew.
+        ({"nvidia_driver_method": "package", "nvidia_driver_module_type": "proprietary"}, False, ""),
+    ],
+)
+def test_what_is_said_of_a_driver_that_answers(
+    host: Callable[..., Any], said: dict[str, Any], managed: bool, to_be: str
+) -> None:
+    """It stays in its version where no other is asked for, which is what the plan is to know."""
+    facts = {**UBUNTU, "gpu": {"pci": [{"device_id": H200}], "state": "ok"}}
+    asked = {**said, "hostvars": {"h": said}}
+    assert host("__nvidia_driver_managed | bool", facts, H200, **asked) is managed
+    assert host("__nvidia_driver_to_be", facts, H200, **asked) == to_be
+    without = {**facts, "gpu": {**facts["gpu"], "state": "no_driver"}}
+    wanted = host("__nvidia_driver_to_be", without, H200, nvidia_driver_hold=True, hostvars={"h": {}})
+    assert wanted == "580.159.04"
+
+
+def test_a_driver_that_is_kept_is_told_of_what_has_no_effect_on_it(host: Callable[..., Any]) -> None:
+    tasks = yaml.safe_load((ROLE / "tasks/main.yml").read_text())
+    (task,) = (task for task in tasks if "ansible.builtin.debug" in task)
+    said = {"nvidia_driver_hold": True, "hostvars": {"h": {"nvidia_driver_hold": True}}}
+
+    def told(version: str, **other: Any) -> list[bool]:
+        found = installed(version, uninstaller="/usr/bin/nvidia-uninstall")
+        return [host(condition, ROCKY9, H200, found=found, **{**said, **other}) for condition in task["when"]]
+
+    assert told("570.195.03") == [True, True]
+    assert told("580.159.04") == [True, False]  # what the role brings
+    assert told("570.195.03", nvidia_driver_branch="570") == [True, False]
+    assert told("570.195.03", hostvars={"h": {}}) == [False, True]
+
+
 def test_a_compiler_that_is_named_is_installed_and_is_that_of_every_later_build(host: Callable[..., Any]) -> None:
     said = {"nvidia_driver_compiler": "x86_64-linux-gnu-gcc-13"}
     assert host("__nvidia_driver_compiler_missing", UBUNTU, H200, **said) is True
