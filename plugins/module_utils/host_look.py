@@ -18,6 +18,7 @@ PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DAEMON_JSON = "/etc/docker/daemon.json"
 DRIVER = "/proc/driver/nvidia/version"
 PCI = "/sys/bus/pci/devices"
+EFI = "sys/firmware/efi"
 INFINIBAND = "/sys/class/infiniband"
 VERSIONLOCK = "/etc/dnf/plugins/versionlock.list"
 SOURCES = ("/etc/apt/sources.list", "/etc/apt/sources.list.d/*", "/etc/yum.repos.d/*.repo")
@@ -208,6 +209,26 @@ def nvlink_switches():
     Their vital product data says so (NVIDIA/gpu-driver-container asks the same).
     """
     return [path.split("/")[-3] for path in sorted(glob.glob(INFINIBAND + "/*/device/vpd")) if "SW_MNG" in read(path)]
+
+
+def efi_flag(root, name):
+    """Value of an EFI variable of one byte, which follows four bytes of attributes; None where it cannot be read."""
+    for path in glob.glob(os.path.join(root, EFI, "efivars", name + "-*")):
+        try:
+            with open(path, "rb") as handle:
+                return bytearray(handle.read())[4]
+        except (OSError, IndexError):
+            pass
+    return None
+
+
+def signed_modules_only(root="/"):
+    """Whether Secure Boot keeps unsigned modules out, None where it cannot be told."""
+    if not os.path.isdir(os.path.join(root, EFI)):
+        return False
+    flag = efi_flag(root, "SecureBoot")
+    # With shim's validation switched off the kernel takes unsigned modules.
+    return None if flag is None else flag == 1 and efi_flag(root, "MokSBStateRT") != 1
 
 
 def loaded_driver():

@@ -167,7 +167,12 @@ from subprocess import TimeoutExpired
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import PATHS, execute, names_of
+from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import (
+    PATHS,
+    execute,
+    names_of,
+    signed_modules_only,
+)
 
 NVIDIA_VENDOR = "0x10de"
 DISPLAY_CLASS = "0x03"  # PCI base class: display controllers, both "VGA" and "3D"
@@ -620,23 +625,8 @@ def module_facts(root, kernels):
     }
 
 
-def efi_flag(root, name):
-    """Value of an EFI variable of one byte, which follows four bytes of attributes; None where it cannot be read."""
-    for path in glob.glob(os.path.join(root, "sys/firmware/efi/efivars", name + "-*")):
-        try:
-            with open(path, "rb") as handle:
-                return bytearray(handle.read())[4]
-        except (IOError, OSError, IndexError):
-            pass
-    return None
-
-
 def secure_boot(root):
-    facts = {"enabled": False, "key": "", "enrolled": None}
-    if os.path.isdir(os.path.join(root, "sys/firmware/efi")):
-        flag = efi_flag(root, "SecureBoot")
-        # With shim's validation switched off the kernel takes unsigned modules.
-        facts["enabled"] = None if flag is None else flag == 1 and efi_flag(root, "MokSBStateRT") != 1
+    facts = {"enabled": signed_modules_only(root), "key": "", "enrolled": None}
     for path in SIGNING_KEYS:
         if os.path.exists(os.path.join(root, path)):
             facts["key"] = "/" + path

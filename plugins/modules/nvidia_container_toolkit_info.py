@@ -61,7 +61,7 @@ foreign_sources:
   type: list
   elements: str
 gpus:
-  description: Number of NVIDIA's display controllers.
+  description: Number of NVIDIA's display controllers, without those that are given to virtual machines.
   returned: success
   type: int
 held:
@@ -145,7 +145,8 @@ def look(asked):
     options = daemon_json()["options"]  # the role docker says where it is wrong
     installed = packages()
     return {
-        "gpus": len(nvidia_devices()[0]),
+        # One that is given to a virtual machine is nothing that containers see.
+        "gpus": len([gpu for gpu in nvidia_devices()[0] if not gpu["driver"].endswith("vfio-pci")]),
         "driver": loaded_driver()[0],
         "specs": specs(),
         "refresh": "enabled" in output("systemctl", "is-enabled", "nvidia-cdi-refresh.path"),

@@ -165,7 +165,7 @@ running_kernel:
   returned: success
   type: str
 secure_boot:
-  description: Whether the firmware lets only signed modules in.
+  description: Whether only signed modules are let in.
   returned: success
   type: bool
 short:
@@ -195,7 +195,7 @@ units:
   returned: success
   type: dict
 users:
-  description: C(pid), C(command), C(unit) and C(container) of each process that holds a GPU.
+  description: C(pid), C(command), C(unit) and C(container) of each process that holds a GPU. A container's unit is that of its name.
   returned: success
   type: list
   elements: dict
@@ -218,6 +218,7 @@ import glob
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -233,13 +234,13 @@ from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import (
     read,
     run,
     sha256,
+    signed_modules_only,
     which,
 )
 
 MODULES = "/sys/module"
 PROC = "/proc"
 NVSWITCH = "/proc/driver/nvidia-nvswitch/devices"
-EFI = "/sys/firmware/efi/efivars"
 # Names of the module: everybody's, and those of Debian's packages.
 NAMES = ("nvidia", "nvidia-current", "nvidia-current-open")
 KERNELS = "/lib/modules"
@@ -367,17 +368,6 @@ def next_kernel(running):
     return max(releases, key=version_key) if releases else running
 
 
-def secure_boot():
-    """Whether the firmware lets only signed modules in: the last byte of the EFI variable of that name."""
-    for path in glob.glob(os.path.join(EFI, "SecureBoot-*")):
-        try:
-            with open(path, "rb") as handle:
-                return handle.read()[-1:] == b"\x01"
-        except OSError:
-            return False
-    return False
-
-
 def signing_key():
     """The key pair that dkms signs with, and whether the firmware knows it: {key, certificate, enrolled}."""
     for key, certificate in KEYS:
@@ -392,6 +382,17 @@ def groups(pid):
     return [line.rpartition(":")[2] for line in read("%s/%s/cgroup" % (PROC, pid)).splitlines()]
 
 
+@lru_cache(maxsize=None)
+def unit_of_container(container):
+    """The unit that keeps a container up, which is named like it, empty where none does.
+
+    Such a unit starts a stopped container anew, and with --rm there is none left to start afterwards.
+    """
+    name = output("docker", "inspect", "-f", "{{.Name}}", container).strip().lstrip("/")
+    unit = name + ".service"
+    return unit if name and run("systemctl", "is-active", "--quiet", unit)[0] == 0 else ""
+
+
 def owner(pid):
     """What started a process, by its control group: {unit, container}."""
     # This host may be a container itself: what is above it is not its own.
@@ -402,7 +403,8 @@ def owner(pid):
                 path = path[len(folder) :]
         container = re.search(CONTAINER, path)
         if container:
-            return {"unit": "", "container": container.group(1)[:12]}
+            identity = container.group(1)[:12]
+            return {"unit": unit_of_container(identity), "container": identity}
         unit = re.findall(r"/([^/]+\.service)", path)
         if unit and not unit[-1].startswith(("user@", "ssh", "sshd")):
             return {"unit": unit[-1], "container": ""}
@@ -459,7 +461,8 @@ def units(names):
             found[fields["Id"]] = {
                 "exists": fields.get("LoadState") == "loaded",
                 "active": fields.get("ActiveState") == "active",
-                "enabled": fields.get("UnitFileState") == "enabled",
+                # One without [Install], as Ubuntu has them, cannot be enabled: something else starts it.
+                "enabled": fields.get("UnitFileState") in ("enabled", "static"),
             }
     return found
 
@@ -529,7 +532,7 @@ def look_meanwhile(asked):
         "compiler": compiler(kernel),
         "headers": headers(kernel),
         "next_headers": headers(following),
-        "secure_boot": secure_boot(),
+        "secure_boot": bool(signed_modules_only()),
         "signing_key": signing_key(),
         "users": users(),
         "x_servers": x_servers(),

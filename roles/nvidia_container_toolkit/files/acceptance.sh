@@ -2,10 +2,14 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 # Proves that a container sees the GPUs, and that it still does after systemctl daemon-reload, which takes them away where the engine
 # gives them by other means than CDI. The image is made of this host's own shell and C library, so that no registry is needed.
-# Arguments: how many GPUs there are, then the options by which docker run gives all of them.
+# Arguments: how many GPUs there are, or `listed` for as many as nvidia-smi lists here, then the options by which docker run gives all of
+# them.
 set -eu
 wanted=$1
 shift
+if [ "$wanted" = listed ]; then
+  wanted=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU [0-9]' || true)
+fi
 name=baremetal-gpu-acceptance
 image=baremetal-gpu-acceptance:local
 folder=$(mktemp -d)
@@ -37,7 +41,7 @@ seen() {
 
 before=$(seen)
 count=$(echo "$before" | grep -c '^GPU [0-9]' || true)
-if [ "$count" != "$wanted" ]; then
+if [ "$count" != "$wanted" ] || [ "$count" = 0 ]; then
   echo "a container sees $count of $wanted GPUs: $before" >&2
   exit 1
 fi

@@ -66,12 +66,15 @@ smi() { # tree, version
   cp "$here/../nvidia_smi.py" "$1/usr/lib/nvidia-standin/scene-smi.py"
   chmod 755 "$1/usr/bin/nvidia-smi"
 }
-persistenced() { # tree, version
+persistenced() { # tree, version, and "static" for a unit as Ubuntu's, which has no [Install]
   mkdir -p "$1/usr/bin" "$1/usr/lib/systemd/system"
   sed "s/@VERSION@/$2/" "$here/../nvidia_runfile/payload/nvidia-persistenced" > "$1/usr/bin/nvidia-persistenced"
   chmod 755 "$1/usr/bin/nvidia-persistenced"
-  printf '[Unit]\nDescription=NVIDIA Persistence Daemon\n[Service]\nType=forking\nExecStart=/usr/bin/nvidia-persistenced --verbose\n[Install]\nWantedBy=multi-user.target\n' \
-    > "$1/usr/lib/systemd/system/nvidia-persistenced.service"
+  if [ "${3:-}" = static ]; then
+    printf '[Unit]\nDescription=NVIDIA Persistence Daemon\n[Service]\nType=forking\nExecStart=/usr/bin/nvidia-persistenced --no-persistence-mode --verbose\n'
+  else
+    printf '[Unit]\nDescription=NVIDIA Persistence Daemon\n[Service]\nType=forking\nExecStart=/usr/bin/nvidia-persistenced --verbose\n[Install]\nWantedBy=multi-user.target\n'
+  fi > "$1/usr/lib/systemd/system/nvidia-persistenced.service"
 }
 fabric() { # tree, version: refuses a driver of another version, as the real one does
   script "$1/usr/bin/nv-fabricmanager" <<END
@@ -184,7 +187,7 @@ for version in 580.95.05 580.105.08 580.126.20; do # NVIDIA's repository below h
   deb ubuntu-more libnvidia-compute-580-server $revision
   smi "$work/tree" $version
   deb ubuntu-more nvidia-utils-580-server $revision "Depends: libnvidia-compute-580-server (= $revision)"
-  persistenced "$work/tree" $version
+  persistenced "$work/tree" $version static
   deb ubuntu-more nvidia-compute-utils-580-server $revision "Depends: libnvidia-compute-580-server (= $revision)"
   for name in decode encode; do deb ubuntu-more libnvidia-$name-580-server $revision "Depends: libnvidia-compute-580-server (= $revision)"; done
 done

@@ -5,6 +5,7 @@ written here. The same on test hosts: molecule/nvidia_driver_changes_standin and
 from __future__ import annotations
 
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,121 @@ def test_a_unit_that_is_no_longer_wanted_goes(host: Callable[..., Any], option: 
         assert (path in host("__nvidia_driver_stale_files", ROCKY9, H200, found=found, **asked)) is wanted
         assert (path in host("__nvidia_driver_leftover_files", ROCKY9, H200, found=found, **asked)) is not wanted
         assert host("__nvidia_driver_work_needed", ROCKY9, H200, found=found, **asked)
+
+
+@pytest.mark.parametrize(
+    ("facts", "said", "own"),
+    [(UBUNTU, PACKAGE, True), (UBUNTU, RUNFILE, True), (DEBIAN, PACKAGE, False), (ROCKY9, PACKAGE, False)],
+)
+def test_the_unit_of_ubuntus_packages_gives_way(
+    host: Callable[..., Any], facts: dict[str, str], said: dict[str, Any], own: bool
+) -> None:
+    """It has the daemon do without persistence."""
+    path = "/etc/systemd/system/nvidia-persistenced.service"
+    assert (path in host("__nvidia_driver_stale_files", facts, H200, **said)) is own
+    found = {"files": {path: "a sum"}}
+    assert (path in host("__nvidia_driver_leftover_files", facts, H200, found=found, **said)) is not own
+    unwanted = {**said, "nvidia_driver_persistenced": False}
+    assert path in host("__nvidia_driver_leftover_files", facts, H200, found=found, **unwanted)
+
+
+def test_a_daemon_is_started_anew_by_a_unit_that_is_new(host: Callable[..., Any]) -> None:
+    tasks = yaml.safe_load((ROLE / "tasks/services.yml").read_text())
+    (state,) = (
+        task["ansible.builtin.systemd_service"]["state"]
+        for task in tasks
+        if task["name"].startswith("Enable the units")
+    )
+    expression = state.strip().removeprefix("{{").removesuffix("}}")
+    path = "/etc/systemd/system/nvidia-persistenced.service"
+    written = sha256((ROLE / "files" / Path(path).name).read_bytes()).hexdigest()
+    for there, unit, expected in (
+        ("", "nvidia-persistenced", "restarted"),
+        (written, "nvidia-persistenced", "started"),
+        ("", "nvidia-fabricmanager", "started"),
+        ("", "baremetal-nvidia-check", "left out"),
+    ):
+        found = installed("580.95.05", files={path: there})
+        asked = {**PACKAGE, "omit": "left out", "item": f"{unit}.service"}
+        assert host(expression, UBUNTU, H200, found=found, **asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("drivers", "said", "problem"),
+    [
+        (["nvidia", "nvidia"], {}, "nvidia-smi sees 1 of 2 GPUs"),
+        (["nvidia", ""], {}, "nvidia-smi sees 1 of 2 GPUs"),
+        (["nvidia", "vfio-pci"], {}, ""),
+        (["nvidia", "nvgrace-gpu-vfio-pci"], {}, ""),
+        (["nvidia", "nvidia"], {"preflight_accept": ["gpu"]}, ""),
+        (["nvidia", "nvidia"], {"preflight_accept": "clock"}, "nvidia-smi sees 1 of 2 GPUs"),
+    ],
+)
+def test_gpus_that_the_driver_need_not_list(
+    host: Callable[..., Any], drivers: list[str], said: dict[str, Any], problem: str
+) -> None:
+    gpus = [{"address": f"0000:1{n}:00.0", "device_id": H200, "driver": name} for n, name in enumerate(drivers)]
+    found = installed("580.95.05", gpus=gpus)
+    assert host("__nvidia_driver_disproved", ROCKY9, found=found, **PACKAGE, **said) == ([problem] if problem else [])
+
+
+def test_a_gpu_of_a_virtual_machine_is_in_the_way_only_where_it_is_the_only_one(host: Callable[..., Any]) -> None:
+    given, own = ({"address": "0000:10:00.0", "device_id": H200, "driver": name} for name in ("vfio-pci", ""))
+    assert host("__nvidia_driver_problems", ROCKY9, found={"gpus": [given, own]}, **RUNFILE) == []
+    (problem,) = host("__nvidia_driver_problems", ROCKY9, found={"gpus": [given]}, **RUNFILE)
+    assert "the driver vfio-pci holds the GPU 0000:10:00.0" in problem
+    (problem,) = host(
+        "__nvidia_driver_problems", ROCKY9, found={"gpus": [given, {**own, "driver": "nouveau"}]}, **RUNFILE
+    )
+    assert "the driver nouveau holds the GPU" in problem
+
+
+@pytest.mark.parametrize(
+    ("said", "managed", "to_be"),
+    [
+        ({}, False, ""),
+        ({"nvidia_driver_branch": "570"}, True, "570.211.01"),
+        ({"nvidia_driver_kernel": "6.1.0-56-amd64"}, True, "580.159.04"),
+        ({"nvidia_driver_state": "present"}, True, ""),
+        ({"nvidia_driver_hold": True}, True, ""),
+        ({"nvidia_driver_hold": False}, True, ""),  # lets go of what was held
+        ({"nvidia_driver_fabric_manager": "always"}, True, ""),
+        ({"nvidia_driver_persistenced": False}, True, ""),
+        ({"nvidia_driver_boot_check": False}, True, ""),
+        ({"nvidia_driver_module_options": {"nvidia_uvm": "uvm_disable_hmm=1"}}, True, ""),
+        ({"nvidia_driver_compiler": "gcc-12"}, True, ""),
+        ({"nvidia_driver_hold": True, "baremetal_nvidia_driver": False}, False, ""),
+        ({"baremetal_nvidia_driver": True}, True, ""),
+        # Would have a driver that works installed anew.
+        ({"nvidia_driver_method": "package", "nvidia_driver_module_type": "proprietary"}, False, ""),
+    ],
+)
+def test_what_is_said_of_a_driver_that_answers(
+    host: Callable[..., Any], said: dict[str, Any], managed: bool, to_be: str
+) -> None:
+    """It stays in its version where no other is asked for, which is what the plan is to know."""
+    facts = {**UBUNTU, "gpu": {"pci": [{"device_id": H200}], "state": "ok"}}
+    asked = {**said, "hostvars": {"h": said}}
+    assert host("__nvidia_driver_managed | bool", facts, H200, **asked) is managed
+    assert host("__nvidia_driver_to_be", facts, H200, **asked) == to_be
+    without = {**facts, "gpu": {**facts["gpu"], "state": "no_driver"}}
+    wanted = host("__nvidia_driver_to_be", without, H200, nvidia_driver_hold=True, hostvars={"h": {}})
+    assert wanted == "580.159.04"
+
+
+def test_a_driver_that_is_kept_is_told_of_what_has_no_effect_on_it(host: Callable[..., Any]) -> None:
+    tasks = yaml.safe_load((ROLE / "tasks/main.yml").read_text())
+    (task,) = (task for task in tasks if "ansible.builtin.debug" in task)
+    said = {"nvidia_driver_hold": True, "hostvars": {"h": {"nvidia_driver_hold": True}}}
+
+    def told(version: str, **other: Any) -> list[bool]:
+        found = installed(version, uninstaller="/usr/bin/nvidia-uninstall")
+        return [host(condition, ROCKY9, H200, found=found, **{**said, **other}) for condition in task["when"]]
+
+    assert told("570.195.03") == [True, True]
+    assert told("580.159.04") == [True, False]  # what the role brings
+    assert told("570.195.03", nvidia_driver_branch="570") == [True, False]
+    assert told("570.195.03", hostvars={"h": {}}) == [False, True]
 
 
 def test_a_compiler_that_is_named_is_installed_and_is_that_of_every_later_build(host: Callable[..., Any]) -> None:

@@ -4,12 +4,16 @@ The same on test hosts: molecule/cuda_toolkit_standin and nvidia_container_toolk
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Callable
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).parents[3]
 FACTS = {
     "Debian": {"distribution": "Debian", "distribution_version": "12.11", "distribution_major_version": "12", "os_family": "Debian"},
     "Ubuntu": {"distribution": "Ubuntu", "distribution_version": "22.04", "distribution_major_version": "22", "os_family": "Debian"},
@@ -221,3 +225,31 @@ def test_a_specification_that_is_not_the_drivers(
 ) -> None:
     found = {path: {"driver": driver, "slices": slices} for path, (driver, slices) in specs.items()}
     assert [text for text in toolkit("cdi_problems", specs=found) if text.startswith(problem)]
+
+
+def test_containers_see_the_gpus_that_the_user_lives_with(toolkit: Callable[..., Any]) -> None:
+    assert toolkit("expected") == "2"
+    assert toolkit("expected", said={"preflight_accept": "gpu, clock"}) == "listed"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "host", "container", "good"),
+    [("2", 2, 2, True), ("2", 1, 1, False), ("listed", 1, 1, True), ("listed", 2, 1, False), ("listed", 0, 0, False)],
+)
+def test_the_acceptance_counts_what_a_container_sees(
+    tmp_path: Path, wanted: str, host: int, container: int, good: bool
+) -> None:
+    def lines(count: int) -> str:
+        return "\n".join(f"echo 'GPU {n}: NVIDIA H200 (UUID: GPU-{n})'" for n in range(count)) or ":"
+
+    programs = {"nvidia-smi": lines(host), "systemctl": ":"}
+    programs["docker"] = f"case $1 in import) cat > /dev/null ;; exec) {lines(container)} ;; esac"
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script = ROOT / "roles/nvidia_container_toolkit/files/acceptance.sh"
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["sh", script, wanted, "--device=x"], env={**os.environ, **path}, capture_output=True, text=True
+    )
+    assert (done.returncode == 0) is good, done.stderr

@@ -41,6 +41,17 @@ def test_driver_and_specifications(
     assert result["daemon_json"] == {"runtimes": {"nvidia": {}}}
 
 
+def test_a_gpu_of_a_virtual_machine_is_not_counted(
+    run_module: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = [
+        {"address": f"0000:1{n}:00.0", "device_id": "0x2335", "driver": name}
+        for n, name in enumerate(("nvidia", "", "vfio-pci"))
+    ]
+    monkeypatch.setattr(info, "nvidia_devices", lambda: (gpus, []))
+    assert run_module(info, note=str(tmp_path / "note"))["gpus"] == 2
+
+
 @pytest.mark.parametrize(
     ("minors", "named", "fits"),
     [

@@ -86,11 +86,25 @@ def test_the_next_kernel_is_the_newest_that_has_modules(tmp_path, monkeypatch):
     assert nvidia_driver_info.next_kernel("6.1.0-9-amd64") == "6.1.0-56-amd64"
 
 
-@pytest.mark.parametrize(("value", "expected"), [(b"\x06\0\0\0\x01", True), (b"\x06\0\0\0\0", False)])
-def test_secure_boot(tmp_path, monkeypatch, value, expected):
-    (tmp_path / "SecureBoot-8be4df61").write_bytes(value)
-    monkeypatch.setattr(nvidia_driver_info, "EFI", str(tmp_path))
-    assert nvidia_driver_info.secure_boot() is expected
+ON, OFF = b"\x06\0\0\0\x01", b"\x06\0\0\0\0"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"SecureBoot": ON}, True),
+        ({"SecureBoot": OFF}, False),
+        ({"SecureBoot": ON, "MokSBStateRT": OFF}, True),
+        ({"SecureBoot": ON, "MokSBStateRT": ON}, False),  # shim's validation is switched off
+        ({}, False),
+    ],
+)
+def test_secure_boot(run_module: Callable[..., dict[str, Any]], tmp_path, monkeypatch, files, expected):
+    (tmp_path / "efivars").mkdir()
+    for name, value in files.items():
+        (tmp_path / f"efivars/{name}-8be4df61").write_bytes(value)
+    monkeypatch.setattr(host_look, "EFI", str(tmp_path))
+    assert run_module(nvidia_driver_info)["secure_boot"] is expected
 
 
 def test_gpus_and_switches_are_told_apart(tmp_path, monkeypatch):
@@ -125,6 +139,40 @@ def test_owner_of_a_process(tmp_path, monkeypatch, line, unit, container):
     (tmp_path / "42" / "cgroup").write_text(line + "\n")
     monkeypatch.setattr(nvidia_driver_info, "PROC", str(tmp_path))
     assert nvidia_driver_info.owner("42") == {"unit": unit, "container": container}
+
+
+@pytest.mark.parametrize(
+    ("container", "name", "unit"),
+    [
+        ("ef" * 32, "vllm-chat", "vllm-chat.service"),
+        ("aa" * 32, "vllm-former", ""),  # its unit is not up
+        ("bb" * 32, "", ""),  # Docker does not know it
+    ],
+)
+def test_a_container_belongs_to_the_active_unit_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str, name: str, unit: str
+) -> None:
+    for program, text in (
+        ("docker", f"echo {name and '/' + name}"),
+        ("systemctl", 'test "$*" = "is-active --quiet vllm-chat.service"'),
+    ):
+        (tmp_path / program).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / program).chmod(0o755)
+    monkeypatch.setattr(host_look, "PATHS", f"{tmp_path}:{host_look.PATHS}")
+    (tmp_path / "42").mkdir()
+    (tmp_path / "42/cgroup").write_text(f"0::/system.slice/docker-{container}.scope\n")
+    monkeypatch.setattr(nvidia_driver_info, "PROC", str(tmp_path))
+    assert nvidia_driver_info.owner("42") == {"unit": unit, "container": container[:12]}
+
+
+@pytest.mark.parametrize(("state", "enabled"), [("enabled", True), ("static", True), ("disabled", False), ("", False)])
+def test_a_unit_that_cannot_be_enabled_is_as_good_as_enabled(
+    monkeypatch: pytest.MonkeyPatch, state: str, enabled: bool
+) -> None:
+    text = f"Id=a.service\nLoadState=loaded\nActiveState=active\nUnitFileState={state}\n"
+    monkeypatch.setattr(nvidia_driver_info, "output", lambda *argv: text)
+    expected = {"exists": True, "active": True, "enabled": enabled}
+    assert nvidia_driver_info.units(["a.service"]) == {"a.service": expected}
 
 
 def test_a_disk_that_is_too_small_is_named(tmp_path):
