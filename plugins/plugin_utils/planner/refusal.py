@@ -284,7 +284,8 @@ def _ways_out(service: Service, team: Team, engine: Engine, length: int, holds: 
     def holding(keys: Sequence[str], tokens: int) -> Shape | None:
         return holds(replace(_without(service, keys), max_model_len=tokens))
 
-    asked = [key for key in LOOSE if getattr(service, key) not in (None, True)]
+    # Not `in (None, True)`: a 1 equals True.
+    asked = [key for key in LOOSE if (value := getattr(service, key)) is not None and value is not True]
     free = _without(service, asked)
     ways = []
     alone = find(free, length)

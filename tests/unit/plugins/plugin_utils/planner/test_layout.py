@@ -653,6 +653,12 @@ def test_advice_names_every_setting_that_has_to_go() -> None:
     assert not any("max_num_seqs" in problem for problem in row["problems"])
 
 
+def test_a_setting_of_one_is_a_setting() -> None:
+    row = one("1x A100-40GB", gpu_memory_utilization=1)
+    assert not row["fits"] and row["problems"][1] == "it fits (TP 1) with gpu_memory_utilization left out"
+    assert "it fits (TP 2) with gpus left out" in one("4x L40S", model=LARGE, gpus=1)["problems"]
+
+
 def test_advice_counts_on_what_other_services_leave() -> None:
     half = {"model": "Qwen/Qwen2.5-14B", "gpu_memory_utilization": 0.5, "max_model_len": 8192}
     refused = plan("1x A100-80GB", half, half)["services"][1]["problems"]
