@@ -34,7 +34,7 @@ KNOWN = frozenset({
 # MLP of two matrices (up, down) instead of three.
 UNGATED = frozenset({
     "falcon", "gpt2", "gpt_neox", "gptj", "gpt_bigcode", "bloom", "opt", "mpt", "phi", "starcoder2", "nemotron",
-    "bert", "roberta", "xlm-roberta", "modernbert", "nomic_bert", "distilbert"
+    "nemotron_h", "bert", "roberta", "xlm-roberta", "modernbert", "nomic_bert", "distilbert"
 })  # fmt: skip
 # tie_word_embeddings where the config leaves it out: these families' own default (the others do not tie).
 TIED = frozenset({
@@ -594,7 +594,8 @@ def _layers(
         attentions[kind] = made
         return made
 
-    dense = Mlp(intermediate, gated)
+    # Llama 4 names its dense layers' size apart: its intermediate_size is that of the experts.
+    dense = Mlp(read.count("intermediate_size_mlp", default=intermediate, high=1 << 24), gated)
     sparse, is_sparse = _experts(read, num_layers, intermediate, gated)
     kinds = _kinds(read, model_type, num_layers, notes)
     pattern = text.get("hybrid_override_pattern")
@@ -681,6 +682,8 @@ def _experts(read: _Reader, num_layers: int, intermediate: int, gated: bool) -> 
     )  # fmt: skip
     if not shared:
         shared = size * read.count("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", default=0, low=0)
+    if not shared and text.get("intermediate_size_mlp") is not None:
+        shared = size  # Llama 4 has one as large as an expert, and says so nowhere
     sparse = [True] * num_layers
     enumerated = text.get("moe_layers_enum")
     frequency = text.get("moe_layer_freq")

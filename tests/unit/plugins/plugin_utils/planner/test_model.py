@@ -294,6 +294,42 @@ def test_which_layers_have_experts() -> None:
     assert sparse[:4] == [False, False, False, True]
 
 
+LLAMA4_SCOUT = {
+    "architectures": ["Llama4ForConditionalGeneration"],
+    "model_type": "llama4",
+    "text_config": {
+        "attention_chunk_size": 8192, "head_dim": 128, "hidden_size": 5120, "interleave_moe_layer_step": 1,
+        "intermediate_size": 8192, "intermediate_size_mlp": 16384, "max_position_embeddings": 10485760,
+        "model_type": "llama4_text", "no_rope_layers": [], "num_attention_heads": 40, "num_experts_per_tok": 1,
+        "num_hidden_layers": 48, "num_key_value_heads": 8, "num_local_experts": 16, "vocab_size": 202048,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    },
+    "vision_config": {"hidden_size": 1408, "intermediate_size": 5632, "num_hidden_layers": 34},
+}  # fmt: skip
+NEMOTRON3_NANO = config(
+    "nemotron_h", "NemotronHForCausalLM", hidden_size=2688, intermediate_size=1856, moe_intermediate_size=1856,
+    moe_shared_expert_intermediate_size=3712, n_routed_experts=128, n_shared_experts=1, num_experts_per_tok=6,
+    num_attention_heads=32, num_key_value_heads=2, head_dim=128, num_hidden_layers=52,
+    hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", mamba_num_heads=64, mamba_head_dim=64,
+    ssm_state_size=128, n_groups=8, conv_kernel=4, expand=2, max_position_embeddings=262144, vocab_size=131072,
+    tie_word_embeddings=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("raw", "billions"), [(LLAMA4_SCOUT, 108.6), (NEMOTRON3_NANO, 31.6)])
+def test_experts_of_other_forms(raw: dict[str, Any], billions: float) -> None:
+    """Llama 4 has a shared expert that its config does not name; the MLPs of Nemotron-H have no gate."""
+    assert parse_config(raw).parameters / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_dense_layers_of_llama_4_have_a_size_of_their_own() -> None:
+    maverick = {**LLAMA4_SCOUT["text_config"], "interleave_moe_layer_step": 2, "num_local_experts": 128}  # type: ignore[dict-item]
+    layers = parse_config({**LLAMA4_SCOUT, "text_config": maverick}).layers
+    dense, sparse = layers[0].mlp, layers[1].mlp
+    assert dense and sparse and (dense.experts, dense.intermediate) == (0, 16384)
+    assert (sparse.experts, sparse.expert_size, sparse.shared_size) == (128, 8192, 8192)
+
+
 def test_an_unknown_architecture_says_how_sure_it_is() -> None:
     shape = parse_config({**CONFIGS["llama-3.1-8b"], "architectures": ["NovelForCausalLM"], "model_type": "novel"})
     assert shape.confidence == "medium" and "general rules" in shape.notes[0]
