@@ -582,6 +582,11 @@ def _layers(
             made = Attention(kind, heads, kv_heads, head_dim, head_dim, bias=bias)
             if kind in ("sliding", "chunked"):
                 made = replace(made, window=window)
+            if kind == "full" and text.get("global_head_dim") is not None:  # Gemma 4: wider heads, fewer of them for KV
+                size, kv = read.count("global_head_dim", high=4096), kv_heads
+                if read.flag("attention_k_eq_v"):
+                    kv = read.count("num_global_key_value_heads", default=kv_heads, high=4096)
+                made = replace(made, kv_heads=kv, head_dim=size, v_dim=size)
             if isinstance(other, Mapping) and kind in str(other.get("attention_type")):
                 groups = _Reader(other)
                 made = replace(

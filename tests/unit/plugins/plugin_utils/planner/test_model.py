@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.errors import PlanError
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.hardware import hosts_from_text
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.memory import engine_memory
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.model import (
     ModelShape,
     expert_group,
@@ -22,6 +24,7 @@ from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.model impor
     tp_problems,
     tp_sizes,
 )
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.plan import make_plan
 
 CONFIGS: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parents[4] / "benchmarks" / "truth" / "configs.json").read_text()
@@ -284,6 +287,45 @@ def test_layer_kinds() -> None:
     assert kinds(parse_config(jamba)).count("full") == 4
     llama4 = {**CONFIGS["llama-3.1-8b"], "attention_chunk_size": 8192, "no_rope_layers": [1, 1, 1, 0] * 8}
     assert kinds(parse_config(llama4))[:4] == ["chunked", "chunked", "chunked", "full"]
+
+
+GEMMA4_31B = {
+    "architectures": ["Gemma4ForConditionalGeneration"],
+    "model_type": "gemma4",
+    "text_config": {
+        "model_type": "gemma4_text", "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 60,
+        "num_attention_heads": 32, "num_key_value_heads": 16, "num_global_key_value_heads": 4, "attention_k_eq_v": True,
+        "head_dim": 256, "global_head_dim": 512, "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 10,
+        "sliding_window": 1024, "max_position_embeddings": 262144, "vocab_size": 262144, "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    },
+    "vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27},
+}  # fmt: skip
+
+
+def heads(shape: ModelShape, kind: str) -> tuple[int, int, int, int, int]:
+    """(heads, KV heads, head_dim, that of values, window) of the layers of a kind."""
+    a = next(layer.attention for layer in shape.layers if layer.attention and layer.attention.kind == kind)
+    return a.heads, a.kv_heads, a.head_dim, a.v_dim, a.window
+
+
+def test_full_layers_of_gemma_4_have_other_heads() -> None:
+    shape = parse_config(GEMMA4_31B)
+    assert heads(shape, "full") == (32, 4, 512, 512, 0)
+    assert heads(shape, "sliding") == (32, 16, 256, 256, 1024)
+    memory = engine_memory(
+        shape, gpu_memory_total_mib=81559, gpu_memory_utilization=0.95, max_model_len=131072, max_num_seqs=16
+    )
+    assert memory.fits and memory.kv_needed_gib == pytest.approx(12.36, abs=0.01)
+    assert "runs heads of at most 512 bytes" in refusal("1x RTX-2080-Ti-22GB", GEMMA4_31B)
+    # Without attention_k_eq_v they have as many KV heads as the others.
+    own = {**GEMMA4_31B["text_config"], "attention_k_eq_v": False}  # type: ignore[dict-item]
+    assert heads(parse_config({**GEMMA4_31B, "text_config": own}), "full") == (32, 16, 512, 512, 0)
+
+
+def refusal(there: str, raw: dict[str, Any], **service: Any) -> str:
+    services = [{"name": "a", "model": "some/model", "config": raw, "trust_remote_code": True, **service}]
+    return " ".join(make_plan(services, hosts_from_text(there))["services"][0]["problems"])
 
 
 def test_which_layers_have_experts() -> None:
