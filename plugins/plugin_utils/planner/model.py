@@ -213,8 +213,9 @@ def kv_page(attention: Attention, tp: int, element_bytes: float) -> int:
 class _Reader:
     """Typed look-ups in a config under any of several names; wrong types and absurd values are refused by name."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, field: str = "config") -> None:
         self.config = config
+        self.field = field
 
     def find(self, *names: str) -> tuple[str, Any]:
         for name in names:
@@ -227,7 +228,7 @@ class _Reader:
         if value is None:
             if default is None:
                 raise PlanError(
-                    f"config.{name}",
+                    f"{self.field}.{name}",
                     None,
                     "is this the config.json of a language model? If its class has a default for it, give the whole file as "
                     f"`config` of the service, with {name} in it",
@@ -238,12 +239,21 @@ class _Reader:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise PlanError(f"config.{name}", value, f"a whole number from {low} to {high} is needed")
+            raise PlanError(f"{self.field}.{name}", value, f"a whole number from {low} to {high} is needed")
         return value
 
     def flag(self, *names: str, default: bool = False) -> bool:
         value = self.find(*names)[1]
         return default if value is None else bool(value)
+
+    def items(self, name: str, least: int = 0) -> Sequence[Any]:
+        """A list; an empty one where there is none."""
+        value = self.find(name)[1]
+        if value is None:
+            return ()
+        if not isinstance(value, (list, tuple)) or 0 < len(value) < least:
+            raise PlanError(f"{self.field}.{name}", value, f"a list of at least {least} entries is needed")
+        return value
 
 
 def _text_config(config: Config) -> tuple[Config, bool]:
@@ -447,8 +457,13 @@ def _rotary_positions(read: _Reader, text: Config) -> int:
 
 
 def _limits(read: _Reader) -> list[int]:
-    """The largest contexts that a config names."""
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
+    """The largest contexts that a config names. model_max_length wins over the others, as in vLLM."""
+    names: tuple[str, ...] = (
+        "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions",
+        "max_sequence_length", "max_seq_length", "seq_len",
+    )  # fmt: skip
+    if read.config.get("model_max_length"):
+        names = ("model_max_length",)
     return [read.count(name, high=1 << 30) for name in names if read.config.get(name) is not None]
 
 
@@ -480,8 +495,15 @@ def _kinds(read: _Reader, model_type: str, num_layers: int, notes: list[str]) ->
         return ["both"] * num_layers
     if model_type in ENCODERS:
         return ["encoder"] * num_layers
-    if text.get("kv_lora_rank"):
+    attention = "mla" if text.get("kv_lora_rank") else "full"
+    states = _linear(read).items("kda_layers")  # counted from 1
+    if states:
+        return ["state" if index + 1 in states else attention for index in range(num_layers)]
+    if attention == "mla":
         return ["mla"] * num_layers
+    hybrid = read.items("hybrid_layer_pattern", num_layers)
+    if hybrid:
+        return ["sliding" if hybrid[index] == 1 else "full" for index in range(num_layers)]
     types = text.get("layer_types") or text.get("layers_block_type")
     if isinstance(types, Sequence) and not isinstance(types, str) and len(types) >= num_layers:
         kinds = []
@@ -528,6 +550,12 @@ def _kinds(read: _Reader, model_type: str, num_layers: int, notes: list[str]) ->
             return ["full" if (index + 1) % every == 0 else "sliding" for index in range(num_layers)]
         return ["sliding"] * num_layers
     return ["full"] * num_layers
+
+
+def _linear(read: _Reader) -> _Reader:
+    """Kimi-Linear's own part of the config."""
+    part = read.config.get("linear_attn_config")
+    return _Reader(part if isinstance(part, Mapping) else {}, "config.linear_attn_config")
 
 
 def _window(read: _Reader) -> int:
@@ -587,6 +615,17 @@ def _layers(
                 if read.flag("attention_k_eq_v"):
                     kv = read.count("num_global_key_value_heads", default=kv_heads, high=4096)
                 made = replace(made, kv_heads=kv, head_dim=size, v_dim=size)
+            if text.get("hybrid_layer_pattern"):  # MiMo-V2: values have a size of their own, sliding layers have all
+                own = "swa_" if kind == "sliding" else ""
+                size = read.count(f"{own}head_dim", default=head_dim, high=4096)
+                made = replace(
+                    made,
+                    heads=read.count(f"{own}num_attention_heads", default=heads, high=4096),
+                    kv_heads=read.count(f"{own}num_key_value_heads", default=kv_heads, high=4096),
+                    head_dim=size,
+                    v_dim=read.count(f"{own}v_head_dim", default=size, high=4096),
+                    window=read.count("sliding_window_size", "sliding_window") if own else 0,
+                )
             if isinstance(other, Mapping) and kind in str(other.get("attention_type")):
                 groups = _Reader(other)
                 made = replace(
@@ -645,6 +684,16 @@ def _state_attention(read: _Reader, hidden: int) -> Attention:
             "state", key_heads, key_heads, key_dim, value_dim,
             state=(conv, value_heads * key_dim * value_dim), projection=projection, state_heads=key_heads,
         )  # fmt: skip
+    linear = _linear(read)
+    if linear.items("kda_layers"):
+        value_heads, size = linear.count("num_heads", high=4096), linear.count("head_dim", high=4096)
+        values = value_heads * size
+        conv = 3 * values * (linear.count("short_conv_kernel_size", default=4) - 1)
+        projection = 4 * hidden * values + hidden * value_heads + 2 * size * (hidden + values)
+        return Attention(
+            "state", value_heads, value_heads, size, size, state=(conv, values * size), projection=projection,
+            state_heads=value_heads,
+        )  # fmt: skip
     inner = read.count("mamba_d_ssm", "mamba_intermediate_size", default=0, low=0)
     expand = read.find("mamba_expand", "expand")[1]
     head_dim = read.count("mamba_d_head", "mamba_head_dim", default=64)
@@ -675,7 +724,9 @@ def _experts(read: _Reader, num_layers: int, intermediate: int, gated: bool) -> 
     experts = read.count(*names, default=0, low=0, high=1 << 16)
     if experts <= 1:
         return None, [False] * num_layers
-    top_k = read.count("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k_experts", default=2)
+    top_k = read.count(
+        "num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts", default=2
+    )
     if top_k > experts:
         raise PlanError("config.num_experts_per_tok", top_k, f"there are {experts} experts")
     size = read.count(

@@ -328,6 +328,59 @@ def refusal(there: str, raw: dict[str, Any], **service: Any) -> str:
     return " ".join(make_plan(services, hosts_from_text(there))["services"][0]["problems"])
 
 
+MIMO_V2_FLASH = config(
+    "mimo_v2_flash", "MiMoV2FlashForCausalLM", head_dim=192, v_head_dim=128, swa_head_dim=192, swa_v_head_dim=128,
+    swa_num_attention_heads=64, swa_num_key_value_heads=8, hidden_size=4096, intermediate_size=16384,
+    moe_intermediate_size=2048, n_routed_experts=256, num_experts_per_tok=8, num_attention_heads=64,
+    num_key_value_heads=4, num_hidden_layers=48, sliding_window=128, sliding_window_size=128, moe_layer_freq=[0] + [1] * 47,
+    hybrid_layer_pattern=[0] + [1, 1, 1, 1, 1, 0] * 7 + [1, 1, 1, 1, 0], max_position_embeddings=262144, vocab_size=152576,
+    tie_word_embeddings=False, quantization_config=FP8_BLOCKS,
+)  # fmt: skip
+KIMI_LINEAR = config(
+    "kimi_linear", "KimiLinearForCausalLM", first_k_dense_replace=1, head_dim=72, hidden_size=2304, intermediate_size=9216,
+    kv_lora_rank=512, model_max_length=1048576, moe_intermediate_size=1024, moe_layer_freq=1, num_attention_heads=32,
+    num_experts=256, num_experts_per_token=8, num_hidden_layers=27, num_key_value_heads=32, num_shared_experts=1,
+    q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, vocab_size=163840,
+    tie_word_embeddings=False, linear_attn_config={
+        "full_attn_layers": [4, 8, 12, 16, 20, 24, 27], "head_dim": 128, "num_heads": 32, "short_conv_kernel_size": 4,
+        "kda_layers": [i for i in range(1, 27) if i % 4],
+    },
+)  # fmt: skip
+
+
+def test_layers_of_two_kinds_under_other_names() -> None:
+    mimo = parse_config(MIMO_V2_FLASH)
+    assert kinds(mimo).count("full") == 9 and kinds(mimo)[:7] == ["full", *["sliding"] * 5, "full"]
+    assert heads(mimo, "full") == (64, 4, 192, 128, 0)
+    assert heads(mimo, "sliding") == (64, 8, 192, 128, 128)
+    assert mimo.parameters / 1e9 == pytest.approx(309, rel=0.005)
+    kimi = parse_config(KIMI_LINEAR)
+    assert kinds(kimi)[:4] == ["state", "state", "state", "mla"] and kinds(kimi).count("mla") == 7
+    assert kimi.parameters / 1e9 == pytest.approx(49.1, rel=0.005)
+    assert (kimi.max_position, kimi.experts_per_token) == (1048576, 8)
+    state = kimi.layers[0].attention
+    assert state and (state.state, state.state_bytes) == ((3 * 4096 * 3, 32 * 128 * 128), 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "context"),
+    [
+        ({"max_position_embeddings": 8192, "model_max_length": 131072}, 131072),  # Command-R
+        ({"max_position_embeddings": 8192, "model_max_length": 4096}, 4096),
+        ({"max_position_embeddings": 8192, "seq_len": 4096}, 4096),
+        ({"max_target_positions": 448}, 448),
+        ({"max_seq_length": 1024}, 1024),
+    ],
+)
+def test_limits_of_the_context_have_many_names(fields: dict[str, int], context: int) -> None:
+    bare = {
+        key: item
+        for key, item in CONFIGS["llama-3.1-8b"].items()
+        if key not in ("max_position_embeddings", "rope_scaling")
+    }
+    assert parse_config({**bare, **fields}).max_position == context
+
+
 def test_which_layers_have_experts() -> None:
     r1 = parse_config(DEEPSEEK_R1)
     assert [bool(layer.mlp and layer.mlp.experts) for layer in r1.layers[:4]] == [False, False, False, True]
