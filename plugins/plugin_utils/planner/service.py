@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -71,6 +72,18 @@ REFUSED_FLAGS = {
     ),
 }  # fmt: skip
 
+# Flags that take GPUs or memory past the plan, with what they do and what to do instead.
+PAST_THE_PLAN = {
+    **dict.fromkeys(
+        ("--prefill-context-parallel-size", "-pcp"),
+        "it multiplies the GPUs of a server, and only those of TP and PP are planned: leave it out, and set "
+        "tensor_parallel_size or pipeline_parallel_size of the service",
+    ),
+    "--kv-cache-memory-bytes": "vLLM passes over the planned gpu_memory_utilization beside it: set that of the service instead",
+}  # fmt: skip
+# Flags whose number has to divide TP.
+DIVIDES_TP = ("--decode-context-parallel-size", "-dcp")
+
 
 @dataclass(frozen=True)
 class Service:
@@ -128,8 +141,12 @@ class Service:
     @property
     def splits_prompts(self) -> bool:
         """``extra_args`` tell the V0 core to split prompts."""
-        told = _given([arg.replace("_", "-") for arg in self.extra_args], "--enable-chunked-prefill")
+        told = self.told("--enable-chunked-prefill")
         return told is not None and told.lower() != "false"
+
+    def told(self, flag: str) -> str | None:
+        """What ``extra_args`` give a flag."""
+        return _given([arg.replace("_", "-") for arg in self.extra_args], flag)
 
     @property
     def needs_code(self) -> bool:
@@ -275,9 +292,14 @@ def parse_service(raw: object, number: int) -> Service:
         if not hosts or not all(isinstance(host, str) for host in hosts):
             raise PlanError(f"{field}.hosts", item["hosts"], "give the names of hosts, or leave it out")
     extra = item.get("extra_args") or []
-    extra = tuple(
-        str(arg) for arg in (extra.split() if isinstance(extra, str) else sequence(extra, f"{field}.extra_args"))
-    )
+    if isinstance(extra, str):
+        try:
+            extra = shlex.split(extra)
+        except ValueError as error:
+            raise PlanError(
+                f"{field}.extra_args", extra, f"a shell cannot read it ({error}): close it, or give a list"
+            ) from error
+    extra = tuple(str(arg) for arg in sequence(extra, f"{field}.extra_args"))
     env = {str(key): str(value) for key, value in mapping(item.get("env") or {}, f"{field}.env").items()}
     version = item.get("engine_version")
     port = item.get("port")

@@ -337,6 +337,11 @@ def test_an_extra_argument_that_the_plan_decides_is_refused() -> None:
         (["--no-enforce-eager"], "extra_args holds --no-enforce-eager, which the plan decides: set enforce_eager"),
         (["--shutdown-timeout=0"], "set vllm_drain_timeout"),
         (["--node-rank", "1"], "set hosts of the service"),
+        (["--prefill-context-parallel-size", "2"], "it multiplies the GPUs of a server"),
+        (["-pcp", "2"], "extra_args holds -pcp: it multiplies the GPUs of a server"),
+        (["--kv_cache_memory_bytes=5000000000"], "passes over the planned gpu_memory_utilization"),
+        (["-dcp", "2"], "extra_args holds -dcp 2, which has to divide TP, and TP is 1: leave it out, or set"),
+        (["--decode_context_parallel_size=2"], "has to divide TP"),
     ],
 )
 @pytest.mark.parametrize("there", ["1x H200", [{"name": "host1", "gpus": [], "cpu": {"memory_total_mib": 65536}}]])
@@ -344,6 +349,16 @@ def test_an_extra_argument_that_goes_past_the_roles_is_refused(there: Any, extra
     problems = " ".join(one(there, model=SMALL, extra_args=extra_args)["problems"])
     assert told in problems
     assert "somebody" not in problems
+
+
+def test_extra_arguments_that_go_with_the_plan() -> None:
+    for extra_args in (["-dcp", "2"], ["-O3"], ["-O", "2"]):
+        assert one("2x H200", tensor_parallel_size=2, extra_args=extra_args)["fits"]
+
+
+def test_extra_arguments_as_text_are_words_of_a_shell() -> None:
+    row = one("1x H200", extra_args='--limit-mm-per-prompt \'{"image": 2}\' --chat-template "/a b/c.jinja"')
+    assert row["args"][-4:] == ["--limit-mm-per-prompt", '{"image": 2}', "--chat-template", "/a b/c.jinja"]
 
 
 def test_an_extra_argument_that_the_release_lacks_is_refused_with_its_replacement() -> None:
@@ -786,6 +801,7 @@ def test_services_on_one_cpu_share_its_memory() -> None:
         ({"max_model_length": 4096}, "there is no such setting; did you mean max_model_len?"),
         ({"tensor_paralel_size": 2}, "did you mean tensor_parallel_size?"),
         ({"extra_args": 5}, "extra_args is 5; give a list"),
+        ({"extra_args": "--x 'y"}, r"extra_args is .*; a shell cannot read it \(No closing quotation\)"),
         ({"env": ["A"]}, "env is .*give a mapping"),
     ],
 )
