@@ -246,6 +246,15 @@ class _Reader:
         value = self.find(*names)[1]
         return default if value is None else bool(value)
 
+    def number(self, name: str, default: float) -> float:
+        """A finite number above 0."""
+        value = self.find(name)[1]
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1 << 20:
+            raise PlanError(f"{self.field}.{name}", value, f"a number above 0 and at most {1 << 20} is needed")
+        return value
+
     def items(self, name: str, least: int = 0) -> Sequence[Any]:
         """A list; an empty one where there is none."""
         value = self.find(name)[1]
@@ -362,11 +371,15 @@ def parse_config(
     # One table of cosines and sines for all layers, at the length of the config.
     rotary = 0 if position_rows or stateful else int(_rotary_positions(read, text) * head_dim * _partial(text))
     if text.get("kv_lora_rank"):
-        rotary = _rotary_positions(read, text) * 2 * int(text.get("qk_rope_head_dim") or 64)
+        rotary = _rotary_positions(read, text) * 2 * read.count("qk_rope_head_dim", default=64)
     widest = max((layer.attention for layer in layers if layer.attention), key=lambda a: a.heads, default=None)
     moe = next((layer.mlp for layer in layers if layer.mlp and layer.mlp.experts), None)
     if safetensors is not None:
         total = 0
+        if not isinstance(safetensors, Mapping):
+            raise PlanError(
+                "safetensors", safetensors, "a mapping of the files' names to their sizes in bytes is needed"
+            )
         for name, size in safetensors.items():
             if isinstance(size, bool) or not isinstance(size, (int, float)) or size < 0:
                 raise PlanError(f"safetensors[{name}]", size, "a size in bytes, 0 or more, is needed")
@@ -440,19 +453,19 @@ def _partial(text: Config) -> float:
     return float(value) if isinstance(value, (int, float)) and 0 < value <= 1 else 1.0
 
 
-def _rope(text: Config) -> Mapping[str, Any]:
+def _rope(text: Config) -> _Reader:
     for name in ("rope_scaling", "rope_parameters"):
         if isinstance(text.get(name), Mapping):
-            return dict(text[name])
-    return {}
+            return _Reader(text[name], f"config.{name}")
+    return _Reader({})
 
 
 def _rotary_positions(read: _Reader, text: Config) -> int:
     """Rows of the table of cosines: a yarn table is built for the stretched length."""
     positions = read.count("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", default=2048)
     rope = _rope(text)
-    if str(rope.get("rope_type", rope.get("type"))) in ("yarn", "deepseek_yarn"):
-        return int(float(rope.get("original_max_position_embeddings") or positions) * float(rope.get("factor") or 1))
+    if str(rope.find("rope_type", "type")[1]) in ("yarn", "deepseek_yarn"):
+        return int(rope.count("original_max_position_embeddings", default=positions) * rope.number("factor", 1))
     return positions
 
 
@@ -474,14 +487,13 @@ def _max_position(read: _Reader, text: Config, model_type: str) -> int:
     if model_type in OFFSET_POSITIONS:
         return max(1, limit - 2)
     rope = _rope(text)
-    kind = str(rope.get("rope_type", rope.get("type", "default")))
-    factor = rope.get("factor")
+    kind = str(rope.find("rope_type", "type")[1] or "default")
     if model_type.startswith("gemma3"):  # its max_position_embeddings are stretched ones
         return limit
-    if isinstance(factor, (int, float)) and factor > 0 and kind not in ("default", "su", "longrope", "llama3", "mrope"):
-        original = rope.get("original_max_position_embeddings")
-        if kind in ("yarn", "deepseek_yarn") and isinstance(original, (int, float)):
-            return int(original * factor)
+    factor = rope.number("factor", 0)
+    if factor and kind not in ("default", "su", "longrope", "llama3", "mrope"):
+        if kind in ("yarn", "deepseek_yarn"):
+            limit = rope.count("original_max_position_embeddings", default=limit)
         return int(limit * factor)
     return limit
 
@@ -538,7 +550,7 @@ def _kinds(read: _Reader, model_type: str, num_layers: int, notes: list[str]) ->
     if isinstance(interval, int) and interval > 0:
         return ["full" if index % interval == interval - 1 else "state" for index in range(num_layers)]
     if isinstance(text.get("attention_chunk_size"), int) and text.get("no_rope_layers") is not None:
-        chunked = text["no_rope_layers"] or [int((i + 1) % 4 != 0) for i in range(num_layers)]
+        chunked = read.items("no_rope_layers", num_layers) or [int((i + 1) % 4 != 0) for i in range(num_layers)]
         return ["chunked" if chunked[index] else "full" for index in range(num_layers)]
     if _window(read):
         every = text.get("sliding_window_pattern") or text.get("_sliding_window_pattern")
@@ -663,7 +675,7 @@ def _state_bytes(read: _Reader, model_type: str) -> int:
     dtype = read.config.get(row.get("field")) or row.get("default")
     if dtype in (None, "auto"):
         return 0
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise PlanError(f"config.{row['field']}", dtype, f"one of {', '.join(sorted(DTYPE_BYTES))} is needed")
     return DTYPE_BYTES[dtype]
 
@@ -754,7 +766,7 @@ def _experts(read: _Reader, num_layers: int, intermediate: int, gated: bool) -> 
             "decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step", "expert_layer_period", default=1
         )
         offset = read.count("expert_layer_offset", default=step - 1, low=0)
-        dense = text.get("mlp_only_layers") or ()
+        dense = read.items("mlp_only_layers")
         sparse = [
             index >= first and index not in dense and (step == 1 or index % step == offset)
             for index in range(num_layers)

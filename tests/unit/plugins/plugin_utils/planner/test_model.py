@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -472,6 +473,27 @@ BASE = CONFIGS["llama-3.1-8b"]
         ({**BASE, "quantization_config": "awq"}, "config.quantization_config"),
         ({**BASE, "quantization_config": {"quant_method": "awq", "bits": 5}}, "config.quantization_config.bits"),
         ({**BASE, "num_local_experts": 4, "num_experts_per_tok": 8}, "config.num_experts_per_tok"),
+        ({**BASE, "rope_scaling": {"type": "yarn", "factor": "x"}}, "config.rope_scaling.factor"),
+        ({**BASE, "rope_scaling": {"type": "linear", "factor": math.nan}}, "config.rope_scaling.factor"),
+        (
+            {**BASE, "rope_scaling": None, "rope_parameters": {"type": "yarn", "factor": math.inf}},
+            "config.rope_parameters.factor",
+        ),
+        (
+            {**BASE, "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": ["a"]}},
+            "config.rope_scaling.original_max_position_embeddings",
+        ),
+        (
+            {**BASE, "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": math.nan}},
+            "config.rope_scaling.original_max_position_embeddings",
+        ),
+        ({**BASE, "num_experts": 4, "mlp_only_layers": "x"}, "config.mlp_only_layers"),
+        ({**BASE, "attention_chunk_size": 64, "no_rope_layers": [1]}, "config.no_rope_layers"),
+        ({**BASE, "attention_chunk_size": 64, "no_rope_layers": "x"}, "config.no_rope_layers"),
+        ({**MIMO_V2_FLASH, "hybrid_layer_pattern": [0, 1]}, "config.hybrid_layer_pattern"),
+        ({**KIMI_LINEAR, "linear_attn_config": {"kda_layers": 1}}, "config.linear_attn_config.kda_layers"),
+        ({**DEEPSEEK_R1, "qk_rope_head_dim": ["a"]}, "config.qk_rope_head_dim"),
+        ({**NEMOTRON3_NANO, "mamba_ssm_cache_dtype": [1]}, "config.mamba_ssm_cache_dtype"),
     ],
 )
 def test_what_is_no_models_config_is_refused_by_field(broken: Any, field: str) -> None:
@@ -487,6 +509,7 @@ def test_what_is_no_models_config_is_refused_by_field(broken: Any, field: str) -
         ({"weights_gib": -1}, "weights_gib"),
         ({"weights_gib": "15"}, "weights_gib"),
         ({"safetensors": {"a": -5}}, "safetensors[a]"),
+        ({"safetensors": ["a"]}, "safetensors"),
         ({"quantization": "awq"}, "quantization"),
         ({"dtype": "int8"}, "dtype"),
     ],
