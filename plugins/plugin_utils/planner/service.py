@@ -17,6 +17,8 @@ from .tables import load, model_entry
 
 # vLLM takes a longer context than the model's own when this is set in its environment.
 STRETCH = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
+# The largest number of tokens, requests or GPUs that the planner counts with.
+MOST = 1 << 30
 OBJECTIVES = ("throughput", "latency")
 TASKS = ("generate", "embed", "score")
 # What vLLM's own flags call them. Others (reward, transcription) are no task that the roles can ask for.
@@ -174,7 +176,12 @@ def _flag(raw: Mapping[str, Any], key: str, field: str) -> bool | None:
 
 def _positive(raw: Mapping[str, Any], key: str, field: str) -> int | None:
     value = raw.get(key)
-    return None if value is None else whole(value, f"{field}.{key}", 1)
+    if value is None:
+        return None
+    number = whole(value, f"{field}.{key}", 1)
+    if number > MOST:
+        raise PlanError(f"{field}.{key}", value, f"give a whole number from 1 to {MOST}")
+    return number
 
 
 def _number(raw: Mapping[str, Any], key: str, field: str, least: float = 0.0, most: float = 1e9) -> float | None:

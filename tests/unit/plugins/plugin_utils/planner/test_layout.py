@@ -782,6 +782,10 @@ def test_services_on_one_cpu_share_its_memory() -> None:
         ({"tensor_parallel_size": 1.5}, "tensor_parallel_size is 1.5"),
         ({"max_model_len": -1}, "max_model_len is -1"),
         ({"max_num_seqs": "many"}, "max_num_seqs is 'many'"),
+        *(
+            ({key: 10**12}, rf"vllm_services\[a\]\.{key} is 1000000000000; give a whole number from 1 to 1073741824")
+            for key in ("max_num_seqs", "max_num_batched_tokens", "max_model_len")
+        ),
         ({"min_concurrency": 0.5}, "min_concurrency is 0.5; give a number of at least 1"),
         ({"weights_gib": -3}, "weights_gib is -3"),
         ({"gpus": 0}, "gpus is 0; give a whole number of at least 1"),
