@@ -6,7 +6,7 @@
 
 SOURCES holds one unpacked source distribution a version, in folders named after the version (pip keeps the unpacked
 source under $TMPDIR with --no-clean, even though building it fails without CUDA). Nothing is imported: the files
-are read as syntax trees. Hand-written keys of flags.yml (``replacement``, ``note``) are kept.
+are read as syntax trees. Hand-written keys of flags.yml (``rewritten``, ``replacement``, ``note``) are kept.
 """
 
 from __future__ import annotations
@@ -164,15 +164,16 @@ def main(sources: Path) -> None:
         row: dict[str, Any] = ranges(seen, versions)
         if flag in negatable:
             row["negatable"] = min(negatable[flag], key=version_key)
-        row |= {key: old[flag][key] for key in ("replacement", "note") if key in old.get(flag, {})}
+        row |= {key: old[flag][key] for key in ("rewritten", "replacement", "note") if key in old.get(flag, {})}
         table[flag] = row
     dump(
         "flags.yml",
         [
             "# Options of vLLM's API server: the first and the last version that have them (no `last`: the newest).",
             "# negatable: --no-FLAG exists from that version on. except: versions between that lack the option.",
+            "# rewritten: no option of its own any more, vLLM's parser makes that one of it (argparse_utils.py).",
             "# Source: arg_utils.py and cli_args.py of the source distributions, read by tests/catalog/extract.py;",
-            "# `replacement` and `note` are written by hand from vLLM's release notes and deprecation messages.",
+            "# `rewritten`, `replacement` and `note` are written by hand from vLLM's release notes and deprecation messages.",
         ],
         versions,
         "flags",

@@ -116,7 +116,7 @@ def place_on_cpu(task: Task, layout: Layout, port: int) -> list[dict[str, Any]]:
             **({"TORCHDYNAMO_DISABLE": "1"} if eager and tp > 1 else {}),
             **service.env,
         },
-        "args": command_line(service, engine.version, settings, extra_arguments(task, engine.version)),
+        "args": command_line(service, engine.version, settings, extra_arguments(task, engine.version, tp)),
         "memory": {
             "requested_gib": round(total, 3),
             "weights_gib": round(weights, 3),

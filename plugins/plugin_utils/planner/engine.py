@@ -283,9 +283,9 @@ def flag_names(args: Sequence[str]) -> Iterator[str]:
 
 def flag_problem(version: str, flag: str) -> str | None:
     """Why the release refuses a flag, with its replacement; None when it knows it."""
-    if has_flag(version, flag):
-        return None
     row = _row(flag)
+    if has_flag(version, flag) or (row and has_flag(version, row.get("rewritten", ""))):
+        return None
     if row is None:
         known = [name for name in load("flags")["flags"] if has_flag(version, name)]
         near = get_close_matches(flag, known, n=1, cutoff=0.75)

@@ -34,7 +34,7 @@ KNOWN = frozenset({
 # MLP of two matrices (up, down) instead of three.
 UNGATED = frozenset({
     "falcon", "gpt2", "gpt_neox", "gptj", "gpt_bigcode", "bloom", "opt", "mpt", "phi", "starcoder2", "nemotron",
-    "bert", "roberta", "xlm-roberta", "modernbert", "nomic_bert", "distilbert"
+    "nemotron_h", "bert", "roberta", "xlm-roberta", "modernbert", "nomic_bert", "distilbert"
 })  # fmt: skip
 # tie_word_embeddings where the config leaves it out: these families' own default (the others do not tie).
 TIED = frozenset({
@@ -213,8 +213,9 @@ def kv_page(attention: Attention, tp: int, element_bytes: float) -> int:
 class _Reader:
     """Typed look-ups in a config under any of several names; wrong types and absurd values are refused by name."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, field: str = "config") -> None:
         self.config = config
+        self.field = field
 
     def find(self, *names: str) -> tuple[str, Any]:
         for name in names:
@@ -227,7 +228,7 @@ class _Reader:
         if value is None:
             if default is None:
                 raise PlanError(
-                    f"config.{name}",
+                    f"{self.field}.{name}",
                     None,
                     "is this the config.json of a language model? If its class has a default for it, give the whole file as "
                     f"`config` of the service, with {name} in it",
@@ -238,12 +239,30 @@ class _Reader:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise PlanError(f"config.{name}", value, f"a whole number from {low} to {high} is needed")
+            raise PlanError(f"{self.field}.{name}", value, f"a whole number from {low} to {high} is needed")
         return value
 
     def flag(self, *names: str, default: bool = False) -> bool:
         value = self.find(*names)[1]
         return default if value is None else bool(value)
+
+    def number(self, name: str, default: float) -> float:
+        """A finite number above 0."""
+        value = self.find(name)[1]
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1 << 20:
+            raise PlanError(f"{self.field}.{name}", value, f"a number above 0 and at most {1 << 20} is needed")
+        return value
+
+    def items(self, name: str, least: int = 0) -> Sequence[Any]:
+        """A list; an empty one where there is none."""
+        value = self.find(name)[1]
+        if value is None:
+            return ()
+        if not isinstance(value, (list, tuple)) or 0 < len(value) < least:
+            raise PlanError(f"{self.field}.{name}", value, f"a list of at least {least} entries is needed")
+        return value
 
 
 def _text_config(config: Config) -> tuple[Config, bool]:
@@ -352,11 +371,15 @@ def parse_config(
     # One table of cosines and sines for all layers, at the length of the config.
     rotary = 0 if position_rows or stateful else int(_rotary_positions(read, text) * head_dim * _partial(text))
     if text.get("kv_lora_rank"):
-        rotary = _rotary_positions(read, text) * 2 * int(text.get("qk_rope_head_dim") or 64)
+        rotary = _rotary_positions(read, text) * 2 * read.count("qk_rope_head_dim", default=64)
     widest = max((layer.attention for layer in layers if layer.attention), key=lambda a: a.heads, default=None)
     moe = next((layer.mlp for layer in layers if layer.mlp and layer.mlp.experts), None)
     if safetensors is not None:
         total = 0
+        if not isinstance(safetensors, Mapping):
+            raise PlanError(
+                "safetensors", safetensors, "a mapping of the files' names to their sizes in bytes is needed"
+            )
         for name, size in safetensors.items():
             if isinstance(size, bool) or not isinstance(size, (int, float)) or size < 0:
                 raise PlanError(f"safetensors[{name}]", size, "a size in bytes, 0 or more, is needed")
@@ -430,25 +453,30 @@ def _partial(text: Config) -> float:
     return float(value) if isinstance(value, (int, float)) and 0 < value <= 1 else 1.0
 
 
-def _rope(text: Config) -> Mapping[str, Any]:
+def _rope(text: Config) -> _Reader:
     for name in ("rope_scaling", "rope_parameters"):
         if isinstance(text.get(name), Mapping):
-            return dict(text[name])
-    return {}
+            return _Reader(text[name], f"config.{name}")
+    return _Reader({})
 
 
 def _rotary_positions(read: _Reader, text: Config) -> int:
     """Rows of the table of cosines: a yarn table is built for the stretched length."""
     positions = read.count("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", default=2048)
     rope = _rope(text)
-    if str(rope.get("rope_type", rope.get("type"))) in ("yarn", "deepseek_yarn"):
-        return int(float(rope.get("original_max_position_embeddings") or positions) * float(rope.get("factor") or 1))
+    if str(rope.find("rope_type", "type")[1]) in ("yarn", "deepseek_yarn"):
+        return int(rope.count("original_max_position_embeddings", default=positions) * rope.number("factor", 1))
     return positions
 
 
 def _limits(read: _Reader) -> list[int]:
-    """The largest contexts that a config names."""
-    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
+    """The largest contexts that a config names. model_max_length wins over the others, as in vLLM."""
+    names: tuple[str, ...] = (
+        "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions",
+        "max_sequence_length", "max_seq_length", "seq_len",
+    )  # fmt: skip
+    if read.config.get("model_max_length"):
+        names = ("model_max_length",)
     return [read.count(name, high=1 << 30) for name in names if read.config.get(name) is not None]
 
 
@@ -459,14 +487,13 @@ def _max_position(read: _Reader, text: Config, model_type: str) -> int:
     if model_type in OFFSET_POSITIONS:
         return max(1, limit - 2)
     rope = _rope(text)
-    kind = str(rope.get("rope_type", rope.get("type", "default")))
-    factor = rope.get("factor")
+    kind = str(rope.find("rope_type", "type")[1] or "default")
     if model_type.startswith("gemma3"):  # its max_position_embeddings are stretched ones
         return limit
-    if isinstance(factor, (int, float)) and factor > 0 and kind not in ("default", "su", "longrope", "llama3", "mrope"):
-        original = rope.get("original_max_position_embeddings")
-        if kind in ("yarn", "deepseek_yarn") and isinstance(original, (int, float)):
-            return int(original * factor)
+    factor = rope.number("factor", 0)
+    if factor and kind not in ("default", "su", "longrope", "llama3", "mrope"):
+        if kind in ("yarn", "deepseek_yarn"):
+            limit = rope.count("original_max_position_embeddings", default=limit)
         return int(limit * factor)
     return limit
 
@@ -480,8 +507,15 @@ def _kinds(read: _Reader, model_type: str, num_layers: int, notes: list[str]) ->
         return ["both"] * num_layers
     if model_type in ENCODERS:
         return ["encoder"] * num_layers
-    if text.get("kv_lora_rank"):
+    attention = "mla" if text.get("kv_lora_rank") else "full"
+    states = _linear(read).items("kda_layers")  # counted from 1
+    if states:
+        return ["state" if index + 1 in states else attention for index in range(num_layers)]
+    if attention == "mla":
         return ["mla"] * num_layers
+    hybrid = read.items("hybrid_layer_pattern", num_layers)
+    if hybrid:
+        return ["sliding" if hybrid[index] == 1 else "full" for index in range(num_layers)]
     types = text.get("layer_types") or text.get("layers_block_type")
     if isinstance(types, Sequence) and not isinstance(types, str) and len(types) >= num_layers:
         kinds = []
@@ -516,7 +550,7 @@ def _kinds(read: _Reader, model_type: str, num_layers: int, notes: list[str]) ->
     if isinstance(interval, int) and interval > 0:
         return ["full" if index % interval == interval - 1 else "state" for index in range(num_layers)]
     if isinstance(text.get("attention_chunk_size"), int) and text.get("no_rope_layers") is not None:
-        chunked = text["no_rope_layers"] or [int((i + 1) % 4 != 0) for i in range(num_layers)]
+        chunked = read.items("no_rope_layers", num_layers) or [int((i + 1) % 4 != 0) for i in range(num_layers)]
         return ["chunked" if chunked[index] else "full" for index in range(num_layers)]
     if _window(read):
         every = text.get("sliding_window_pattern") or text.get("_sliding_window_pattern")
@@ -528,6 +562,12 @@ def _kinds(read: _Reader, model_type: str, num_layers: int, notes: list[str]) ->
             return ["full" if (index + 1) % every == 0 else "sliding" for index in range(num_layers)]
         return ["sliding"] * num_layers
     return ["full"] * num_layers
+
+
+def _linear(read: _Reader) -> _Reader:
+    """Kimi-Linear's own part of the config."""
+    part = read.config.get("linear_attn_config")
+    return _Reader(part if isinstance(part, Mapping) else {}, "config.linear_attn_config")
 
 
 def _window(read: _Reader) -> int:
@@ -582,6 +622,22 @@ def _layers(
             made = Attention(kind, heads, kv_heads, head_dim, head_dim, bias=bias)
             if kind in ("sliding", "chunked"):
                 made = replace(made, window=window)
+            if kind == "full" and text.get("global_head_dim") is not None:  # Gemma 4: wider heads, fewer of them for KV
+                size, kv = read.count("global_head_dim", high=4096), kv_heads
+                if read.flag("attention_k_eq_v"):
+                    kv = read.count("num_global_key_value_heads", default=kv_heads, high=4096)
+                made = replace(made, kv_heads=kv, head_dim=size, v_dim=size)
+            if text.get("hybrid_layer_pattern"):  # MiMo-V2: values have a size of their own, sliding layers have all
+                own = "swa_" if kind == "sliding" else ""
+                size = read.count(f"{own}head_dim", default=head_dim, high=4096)
+                made = replace(
+                    made,
+                    heads=read.count(f"{own}num_attention_heads", default=heads, high=4096),
+                    kv_heads=read.count(f"{own}num_key_value_heads", default=kv_heads, high=4096),
+                    head_dim=size,
+                    v_dim=read.count(f"{own}v_head_dim", default=size, high=4096),
+                    window=read.count("sliding_window_size", "sliding_window") if own else 0,
+                )
             if isinstance(other, Mapping) and kind in str(other.get("attention_type")):
                 groups = _Reader(other)
                 made = replace(
@@ -594,7 +650,8 @@ def _layers(
         attentions[kind] = made
         return made
 
-    dense = Mlp(intermediate, gated)
+    # Llama 4 names its dense layers' size apart: its intermediate_size is that of the experts.
+    dense = Mlp(read.count("intermediate_size_mlp", default=intermediate, high=1 << 24), gated)
     sparse, is_sparse = _experts(read, num_layers, intermediate, gated)
     kinds = _kinds(read, model_type, num_layers, notes)
     pattern = text.get("hybrid_override_pattern")
@@ -618,7 +675,7 @@ def _state_bytes(read: _Reader, model_type: str) -> int:
     dtype = read.config.get(row.get("field")) or row.get("default")
     if dtype in (None, "auto"):
         return 0
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise PlanError(f"config.{row['field']}", dtype, f"one of {', '.join(sorted(DTYPE_BYTES))} is needed")
     return DTYPE_BYTES[dtype]
 
@@ -638,6 +695,16 @@ def _state_attention(read: _Reader, hidden: int) -> Attention:
         return Attention(
             "state", key_heads, key_heads, key_dim, value_dim,
             state=(conv, value_heads * key_dim * value_dim), projection=projection, state_heads=key_heads,
+        )  # fmt: skip
+    linear = _linear(read)
+    if linear.items("kda_layers"):
+        value_heads, size = linear.count("num_heads", high=4096), linear.count("head_dim", high=4096)
+        values = value_heads * size
+        conv = 3 * values * (linear.count("short_conv_kernel_size", default=4) - 1)
+        projection = 4 * hidden * values + hidden * value_heads + 2 * size * (hidden + values)
+        return Attention(
+            "state", value_heads, value_heads, size, size, state=(conv, values * size), projection=projection,
+            state_heads=value_heads,
         )  # fmt: skip
     inner = read.count("mamba_d_ssm", "mamba_intermediate_size", default=0, low=0)
     expand = read.find("mamba_expand", "expand")[1]
@@ -669,7 +736,9 @@ def _experts(read: _Reader, num_layers: int, intermediate: int, gated: bool) -> 
     experts = read.count(*names, default=0, low=0, high=1 << 16)
     if experts <= 1:
         return None, [False] * num_layers
-    top_k = read.count("num_experts_per_tok", "moe_top_k", "moe_topk", "moe_k", "top_k_experts", default=2)
+    top_k = read.count(
+        "num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "moe_k", "top_k_experts", default=2
+    )
     if top_k > experts:
         raise PlanError("config.num_experts_per_tok", top_k, f"there are {experts} experts")
     size = read.count(
@@ -681,6 +750,8 @@ def _experts(read: _Reader, num_layers: int, intermediate: int, gated: bool) -> 
     )  # fmt: skip
     if not shared:
         shared = size * read.count("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", default=0, low=0)
+    if not shared and text.get("intermediate_size_mlp") is not None:
+        shared = size  # Llama 4 has one as large as an expert, and says so nowhere
     sparse = [True] * num_layers
     enumerated = text.get("moe_layers_enum")
     frequency = text.get("moe_layer_freq")
@@ -695,7 +766,7 @@ def _experts(read: _Reader, num_layers: int, intermediate: int, gated: bool) -> 
             "decoder_sparse_step", "moe_layer_freq", "interleave_moe_layer_step", "expert_layer_period", default=1
         )
         offset = read.count("expert_layer_offset", default=step - 1, low=0)
-        dense = text.get("mlp_only_layers") or ()
+        dense = read.items("mlp_only_layers")
         sparse = [
             index >= first and index not in dense and (step == 1 or index % step == offset)
             for index in range(num_layers)

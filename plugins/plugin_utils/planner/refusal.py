@@ -34,7 +34,7 @@ from .layout import (
     valid_tp,
 )
 from .memory import engine_memory
-from .model import pp_problems, tp_problems
+from .model import Quantization, pp_problems, tp_problems
 from .service import Service, beyond_the_model
 
 # A refusal counts with this context when the user named none.
@@ -202,13 +202,16 @@ def _too_little(service: Service, team: Team, engine: Engine, total: int, holds:
     arguments["gpu_memory_used_mib"] = max(0.0, total_gib - free) * MIB
     # The most that the engine may ask for: what is free less what lies outside of its share.
     outside = engine_memory(service.shape, gpu_memory_utilization=0.5, max_model_len=length, **arguments).outside_gib
-    most = max(1, min(1000, math.floor((free - outside) / total_gib * 1000))) / 1000
+    thousandths = min(1000, math.floor((free - outside) / total_gib * 1000))
+    most = max(1, thousandths) / 1000
     memory = engine_memory(
         service.shape, gpu_memory_utilization=service.utilization or most, max_model_len=length, **arguments
     )
     reason = memory.reason
     if memory.fits and memory.max_concurrency < service.min_concurrency:
         reason = f"it holds {memory.max_concurrency:.2f} requests of {length} tokens, not {service.min_concurrency:g}"
+    if thousandths < 1 and service.utilization is None:  # no share of which it could count
+        reason = f"{total_gib - free:.2f} of {total_gib:.2f} GiB are in use by others"
     taken = [
         f"{place.label}: {max(0.0, place.free):.2f} of {place.total:.2f} GiB are free"
         for place in group
@@ -238,6 +241,11 @@ LOOSE = {
     "dp": "data_parallel_size",
     "gpu_count": "gpus",
     "gpu_indices": "gpus",
+}
+# What quantized weights would be, as checkpoints of these methods are (the embedding and the output stay as they are).
+SMALLER = {
+    "8 bits (FP8)": Quantization("fp8", 8, activation_bits=8),
+    "4 bits (AWQ, GPTQ)": Quantization("awq", 4, 128, 16, 4, marlin=True, halves=True),
 }
 
 
@@ -284,7 +292,8 @@ def _ways_out(service: Service, team: Team, engine: Engine, length: int, holds: 
     def holding(keys: Sequence[str], tokens: int) -> Shape | None:
         return holds(replace(_without(service, keys), max_model_len=tokens))
 
-    asked = [key for key in LOOSE if getattr(service, key) not in (None, True)]
+    # Not `in (None, True)`: a 1 equals True.
+    asked = [key for key in LOOSE if (value := getattr(service, key)) is not None and value is not True]
     free = _without(service, asked)
     ways = []
     alone = find(free, length)
@@ -299,10 +308,10 @@ def _ways_out(service: Service, team: Team, engine: Engine, length: int, holds: 
                 ways.append(_way(f"max_model_len {longest} fits", *found))
                 break
     if service.shape.quantization is None and dtype_for(service, gpu) != "float32":
-        for method, label, share in (("fp8", "8 bits (FP8)", 0.5), ("awq", "4 bits (AWQ, GPTQ)", 0.28)):
-            weights = service.shape.parameters * 2 / 1024**3 * share
-            smaller = replace(service, shape=replace(service.shape, weights_gib=weights, cache={}))
-            if engines.quantization_problem(engine.version, method, gpu.capability) or not find(
+        for label, quant in SMALLER.items():
+            quantized = replace(service.shape, quantization=quant.method, quant=quant, weights_gib=None, cache={})
+            smaller = replace(service, shape=quantized, quantization=None)
+            if engines.quantization_problem(engine.version, quant.method, gpu.capability) or not find(
                 _without(smaller, asked), length
             ):
                 continue

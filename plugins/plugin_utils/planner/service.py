@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -16,6 +17,8 @@ from .tables import load, model_entry
 
 # vLLM takes a longer context than the model's own when this is set in its environment.
 STRETCH = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
+# The largest number of tokens, requests or GPUs that the planner counts with.
+MOST = 1 << 30
 OBJECTIVES = ("throughput", "latency")
 TASKS = ("generate", "embed", "score")
 # What vLLM's own flags call them. Others (reward, transcription) are no task that the roles can ask for.
@@ -70,6 +73,18 @@ REFUSED_FLAGS = {
         ("--headless", "--master-addr", "--master-port", "--nnodes", "--node-rank"), "set hosts of the service"
     ),
 }  # fmt: skip
+
+# Flags that take GPUs or memory past the plan, with what they do and what to do instead.
+PAST_THE_PLAN = {
+    **dict.fromkeys(
+        ("--prefill-context-parallel-size", "-pcp"),
+        "it multiplies the GPUs of a server, and only those of TP and PP are planned: leave it out, and set "
+        "tensor_parallel_size or pipeline_parallel_size of the service",
+    ),
+    "--kv-cache-memory-bytes": "vLLM passes over the planned gpu_memory_utilization beside it: set that of the service instead",
+}  # fmt: skip
+# Flags whose number has to divide TP.
+DIVIDES_TP = ("--decode-context-parallel-size", "-dcp")
 
 
 @dataclass(frozen=True)
@@ -128,8 +143,12 @@ class Service:
     @property
     def splits_prompts(self) -> bool:
         """``extra_args`` tell the V0 core to split prompts."""
-        told = _given([arg.replace("_", "-") for arg in self.extra_args], "--enable-chunked-prefill")
+        told = self.told("--enable-chunked-prefill")
         return told is not None and told.lower() != "false"
+
+    def told(self, flag: str) -> str | None:
+        """What ``extra_args`` give a flag."""
+        return _given([arg.replace("_", "-") for arg in self.extra_args], flag)
 
     @property
     def needs_code(self) -> bool:
@@ -157,7 +176,12 @@ def _flag(raw: Mapping[str, Any], key: str, field: str) -> bool | None:
 
 def _positive(raw: Mapping[str, Any], key: str, field: str) -> int | None:
     value = raw.get(key)
-    return None if value is None else whole(value, f"{field}.{key}", 1)
+    if value is None:
+        return None
+    number = whole(value, f"{field}.{key}", 1)
+    if number > MOST:
+        raise PlanError(f"{field}.{key}", value, f"give a whole number from 1 to {MOST}")
+    return number
 
 
 def _number(raw: Mapping[str, Any], key: str, field: str, least: float = 0.0, most: float = 1e9) -> float | None:
@@ -275,9 +299,14 @@ def parse_service(raw: object, number: int) -> Service:
         if not hosts or not all(isinstance(host, str) for host in hosts):
             raise PlanError(f"{field}.hosts", item["hosts"], "give the names of hosts, or leave it out")
     extra = item.get("extra_args") or []
-    extra = tuple(
-        str(arg) for arg in (extra.split() if isinstance(extra, str) else sequence(extra, f"{field}.extra_args"))
-    )
+    if isinstance(extra, str):
+        try:
+            extra = shlex.split(extra)
+        except ValueError as error:
+            raise PlanError(
+                f"{field}.extra_args", extra, f"a shell cannot read it ({error}): close it, or give a list"
+            ) from error
+    extra = tuple(str(arg) for arg in sequence(extra, f"{field}.extra_args"))
     env = {str(key): str(value) for key, value in mapping(item.get("env") or {}, f"{field}.env").items()}
     version = item.get("engine_version")
     port = item.get("port")

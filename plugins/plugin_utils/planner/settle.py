@@ -31,7 +31,7 @@ from .layout import (
 )
 from .memory import MemoryPlan, engine_memory
 from .model import tp_problems
-from .service import PLANNED_FLAGS, REFUSED_FLAGS, Service
+from .service import DIVIDES_TP, PAST_THE_PLAN, PLANNED_FLAGS, REFUSED_FLAGS, Service
 from .tables import load
 
 
@@ -214,7 +214,7 @@ def task_flags(service: Service, version: str) -> list[str]:
     return engines.option(version, "--task", service.task)
 
 
-def extra_arguments(task: Task, version: str) -> list[str]:
+def extra_arguments(task: Task, version: str, tp: int) -> list[str]:
     """Flags that the model needs and that the user adds, checked against the release."""
     service = task.service
     mine = set(engines.flag_names(service.extra_args))
@@ -246,6 +246,13 @@ def extra_arguments(task: Task, version: str) -> list[str]:
             )
         elif meant in REFUSED_FLAGS:
             task.problems.append(f"extra_args holds {flag}, which the roles decide: {REFUSED_FLAGS[meant]}")
+        elif flag in PAST_THE_PLAN:
+            task.problems.append(f"extra_args holds {flag}: {PAST_THE_PLAN[flag]}")
+        elif flag in DIVIDES_TP and (told := service.told(flag) or "").isdigit() and tp % max(1, int(told)):
+            task.problems.append(
+                f"extra_args holds {flag} {told}, which has to divide TP, and TP is {tp}: leave it out, or set "
+                f"tensor_parallel_size of the service to a multiple of {told}"
+            )
         elif problem := engines.flag_problem(version, flag):
             task.problems.append(f"extra_args holds {flag}: {problem}")
     if service.task_asked and service.task != "generate" and not service.pools and not task_flags(service, version):
@@ -288,7 +295,9 @@ def settle(task: Task, instance: Instance, unsettled: Collection[int], port: int
         "link": max(links, key=lambda name: LINKS[name]),
         "engine_core": core,
     }
-    args = command_line(service, need.engine.version, settings, extra_arguments(task, need.engine.version))
+    args = command_line(
+        service, need.engine.version, settings, extra_arguments(task, need.engine.version, instance.shape.tp)
+    )
     env = dict(service.env)
     if core != need.engine.generation:
         env.setdefault("VLLM_USE_V1", "0")

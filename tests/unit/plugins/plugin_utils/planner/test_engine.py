@@ -162,6 +162,13 @@ def test_an_unknown_flag_is_refused_with_its_replacement(version: str, flag: str
     assert text in str(engines.flag_problem(version, flag))
 
 
+def test_a_flag_that_vllm_rewrites_is_known() -> None:
+    (flag,) = engines.flag_names(["-O3"])
+    assert engines.flag_problem("0.25.1", flag) is None
+    assert engines.flag_problem("0.11.0", flag) is None
+    assert "it came with 0.6.5" in str(engines.flag_problem("0.6.0", flag))
+
+
 def test_flags_are_read_in_all_their_spellings() -> None:
     args = ["--max_model_len=4096", "-tp", "2", "-O3", "--speculative-config.method", "ngram", "--seed", "-1"]
     assert list(engines.flag_names(args)) == ["--max-model-len", "-tp", "-O", "--speculative-config", "--seed"]

@@ -337,6 +337,11 @@ def test_an_extra_argument_that_the_plan_decides_is_refused() -> None:
         (["--no-enforce-eager"], "extra_args holds --no-enforce-eager, which the plan decides: set enforce_eager"),
         (["--shutdown-timeout=0"], "set vllm_drain_timeout"),
         (["--node-rank", "1"], "set hosts of the service"),
+        (["--prefill-context-parallel-size", "2"], "it multiplies the GPUs of a server"),
+        (["-pcp", "2"], "extra_args holds -pcp: it multiplies the GPUs of a server"),
+        (["--kv_cache_memory_bytes=5000000000"], "passes over the planned gpu_memory_utilization"),
+        (["-dcp", "2"], "extra_args holds -dcp 2, which has to divide TP, and TP is 1: leave it out, or set"),
+        (["--decode_context_parallel_size=2"], "has to divide TP"),
     ],
 )
 @pytest.mark.parametrize("there", ["1x H200", [{"name": "host1", "gpus": [], "cpu": {"memory_total_mib": 65536}}]])
@@ -344,6 +349,16 @@ def test_an_extra_argument_that_goes_past_the_roles_is_refused(there: Any, extra
     problems = " ".join(one(there, model=SMALL, extra_args=extra_args)["problems"])
     assert told in problems
     assert "somebody" not in problems
+
+
+def test_extra_arguments_that_go_with_the_plan() -> None:
+    for extra_args in (["-dcp", "2"], ["-O3"], ["-O", "2"]):
+        assert one("2x H200", tensor_parallel_size=2, extra_args=extra_args)["fits"]
+
+
+def test_extra_arguments_as_text_are_words_of_a_shell() -> None:
+    row = one("1x H200", extra_args='--limit-mm-per-prompt \'{"image": 2}\' --chat-template "/a b/c.jinja"')
+    assert row["args"][-4:] == ["--limit-mm-per-prompt", '{"image": 2}', "--chat-template", "/a b/c.jinja"]
 
 
 def test_an_extra_argument_that_the_release_lacks_is_refused_with_its_replacement() -> None:
@@ -439,6 +454,14 @@ def test_memory_in_use_is_left_alone() -> None:
     hosts[0]["gpus"][0]["memory_used_mib"] = 12000
     full = one(hosts, max_model_len=4096)
     assert not full["fits"]
+
+
+def test_a_gpu_that_is_full_of_others_is_said_to_be() -> None:
+    hosts = hosts_from_text("1x A10")
+    hosts[0]["gpus"][0]["memory_used_mib"] = hosts[0]["gpus"][0]["memory_total_mib"]
+    problems = one(hosts, max_model_len=4096)["problems"]
+    assert "GiB are in use by others" in problems[0] and "gpu_memory_utilization" not in " ".join(problems)
+    assert problems[-1] == "on such GPUs of its own it fits (TP 1)"
 
 
 def test_a_busy_gpu_is_avoided() -> None:
@@ -653,6 +676,12 @@ def test_advice_names_every_setting_that_has_to_go() -> None:
     assert not any("max_num_seqs" in problem for problem in row["problems"])
 
 
+def test_a_setting_of_one_is_a_setting() -> None:
+    row = one("1x A100-40GB", gpu_memory_utilization=1)
+    assert not row["fits"] and row["problems"][1] == "it fits (TP 1) with gpu_memory_utilization left out"
+    assert "it fits (TP 2) with gpus left out" in one("4x L40S", model=LARGE, gpus=1)["problems"]
+
+
 def test_advice_counts_on_what_other_services_leave() -> None:
     half = {"model": "Qwen/Qwen2.5-14B", "gpu_memory_utilization": 0.5, "max_model_len": 8192}
     refused = plan("1x A100-80GB", half, half)["services"][1]["problems"]
@@ -682,6 +711,22 @@ def test_a_refusal_has_the_arithmetic_and_ways_out() -> None:
     assert "GiB" in row["problems"][0]
     assert any("bits" in problem for problem in row["problems"]), row["problems"]
     assert any("such GPUs hold it" in problem for problem in row["problems"]), row["problems"]
+
+
+@pytest.mark.parametrize("share", [0.26, 0.22])
+def test_quantized_weights_that_are_advised_fit(share: float) -> None:
+    """A sixth of this model is its embedding, which stays in 16 bits."""
+    text = {
+        "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
+        "max_position_embeddings": 131072, "sliding_window": 1024, "torch_dtype": "bfloat16",
+        "architectures": ["Gemma3ForCausalLM"],
+    }  # fmt: skip
+    asked = {"model": "some/model", "config": text, "max_model_len": 4096, "gpu_memory_utilization": share}
+    problems = one("1x L4", **asked)["problems"]
+    (advice,) = [problem for problem in problems if problem.startswith("weights of 8 bits (FP8) fit")]
+    assert one("1x L4", **asked, quantization="fp8")["fits"] is (share > 0.23)
+    assert ("gpu_memory_utilization left out" in advice) is (share <= 0.23)
 
 
 def test_fewer_tokens_are_named_when_they_help() -> None:
@@ -761,6 +806,10 @@ def test_services_on_one_cpu_share_its_memory() -> None:
         ({"tensor_parallel_size": 1.5}, "tensor_parallel_size is 1.5"),
         ({"max_model_len": -1}, "max_model_len is -1"),
         ({"max_num_seqs": "many"}, "max_num_seqs is 'many'"),
+        *(
+            ({key: 10**12}, rf"vllm_services\[a\]\.{key} is 1000000000000; give a whole number from 1 to 1073741824")
+            for key in ("max_num_seqs", "max_num_batched_tokens", "max_model_len")
+        ),
         ({"min_concurrency": 0.5}, "min_concurrency is 0.5; give a number of at least 1"),
         ({"weights_gib": -3}, "weights_gib is -3"),
         ({"gpus": 0}, "gpus is 0; give a whole number of at least 1"),
@@ -780,6 +829,7 @@ def test_services_on_one_cpu_share_its_memory() -> None:
         ({"max_model_length": 4096}, "there is no such setting; did you mean max_model_len?"),
         ({"tensor_paralel_size": 2}, "did you mean tensor_parallel_size?"),
         ({"extra_args": 5}, "extra_args is 5; give a list"),
+        ({"extra_args": "--x 'y"}, r"extra_args is .*; a shell cannot read it \(No closing quotation\)"),
         ({"env": ["A"]}, "env is .*give a mapping"),
     ],
 )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.errors import PlanError
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.hardware import hosts_from_text
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.memory import engine_memory
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.model import (
     ModelShape,
     expert_group,
@@ -22,6 +25,7 @@ from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.model impor
     tp_problems,
     tp_sizes,
 )
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.plan import make_plan
 
 CONFIGS: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parents[4] / "benchmarks" / "truth" / "configs.json").read_text()
@@ -286,12 +290,140 @@ def test_layer_kinds() -> None:
     assert kinds(parse_config(llama4))[:4] == ["chunked", "chunked", "chunked", "full"]
 
 
+GEMMA4_31B = {
+    "architectures": ["Gemma4ForConditionalGeneration"],
+    "model_type": "gemma4",
+    "text_config": {
+        "model_type": "gemma4_text", "hidden_size": 5376, "intermediate_size": 21504, "num_hidden_layers": 60,
+        "num_attention_heads": 32, "num_key_value_heads": 16, "num_global_key_value_heads": 4, "attention_k_eq_v": True,
+        "head_dim": 256, "global_head_dim": 512, "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 10,
+        "sliding_window": 1024, "max_position_embeddings": 262144, "vocab_size": 262144, "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    },
+    "vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27},
+}  # fmt: skip
+
+
+def heads(shape: ModelShape, kind: str) -> tuple[int, int, int, int, int]:
+    """(heads, KV heads, head_dim, that of values, window) of the layers of a kind."""
+    a = next(layer.attention for layer in shape.layers if layer.attention and layer.attention.kind == kind)
+    return a.heads, a.kv_heads, a.head_dim, a.v_dim, a.window
+
+
+def test_full_layers_of_gemma_4_have_other_heads() -> None:
+    shape = parse_config(GEMMA4_31B)
+    assert heads(shape, "full") == (32, 4, 512, 512, 0)
+    assert heads(shape, "sliding") == (32, 16, 256, 256, 1024)
+    memory = engine_memory(
+        shape, gpu_memory_total_mib=81559, gpu_memory_utilization=0.95, max_model_len=131072, max_num_seqs=16
+    )
+    assert memory.fits and memory.kv_needed_gib == pytest.approx(12.36, abs=0.01)
+    assert "runs heads of at most 512 bytes" in refusal("1x RTX-2080-Ti-22GB", GEMMA4_31B)
+    # Without attention_k_eq_v they have as many KV heads as the others.
+    own = {**GEMMA4_31B["text_config"], "attention_k_eq_v": False}  # type: ignore[dict-item]
+    assert heads(parse_config({**GEMMA4_31B, "text_config": own}), "full") == (32, 16, 512, 512, 0)
+
+
+def refusal(there: str, raw: dict[str, Any], **service: Any) -> str:
+    services = [{"name": "a", "model": "some/model", "config": raw, "trust_remote_code": True, **service}]
+    return " ".join(make_plan(services, hosts_from_text(there))["services"][0]["problems"])
+
+
+MIMO_V2_FLASH = config(
+    "mimo_v2_flash", "MiMoV2FlashForCausalLM", head_dim=192, v_head_dim=128, swa_head_dim=192, swa_v_head_dim=128,
+    swa_num_attention_heads=64, swa_num_key_value_heads=8, hidden_size=4096, intermediate_size=16384,
+    moe_intermediate_size=2048, n_routed_experts=256, num_experts_per_tok=8, num_attention_heads=64,
+    num_key_value_heads=4, num_hidden_layers=48, sliding_window=128, sliding_window_size=128, moe_layer_freq=[0] + [1] * 47,
+    hybrid_layer_pattern=[0] + [1, 1, 1, 1, 1, 0] * 7 + [1, 1, 1, 1, 0], max_position_embeddings=262144, vocab_size=152576,
+    tie_word_embeddings=False, quantization_config=FP8_BLOCKS,
+)  # fmt: skip
+KIMI_LINEAR = config(
+    "kimi_linear", "KimiLinearForCausalLM", first_k_dense_replace=1, head_dim=72, hidden_size=2304, intermediate_size=9216,
+    kv_lora_rank=512, model_max_length=1048576, moe_intermediate_size=1024, moe_layer_freq=1, num_attention_heads=32,
+    num_experts=256, num_experts_per_token=8, num_hidden_layers=27, num_key_value_heads=32, num_shared_experts=1,
+    q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, vocab_size=163840,
+    tie_word_embeddings=False, linear_attn_config={
+        "full_attn_layers": [4, 8, 12, 16, 20, 24, 27], "head_dim": 128, "num_heads": 32, "short_conv_kernel_size": 4,
+        "kda_layers": [i for i in range(1, 27) if i % 4],
+    },
+)  # fmt: skip
+
+
+def test_layers_of_two_kinds_under_other_names() -> None:
+    mimo = parse_config(MIMO_V2_FLASH)
+    assert kinds(mimo).count("full") == 9 and kinds(mimo)[:7] == ["full", *["sliding"] * 5, "full"]
+    assert heads(mimo, "full") == (64, 4, 192, 128, 0)
+    assert heads(mimo, "sliding") == (64, 8, 192, 128, 128)
+    assert mimo.parameters / 1e9 == pytest.approx(309, rel=0.005)
+    kimi = parse_config(KIMI_LINEAR)
+    assert kinds(kimi)[:4] == ["state", "state", "state", "mla"] and kinds(kimi).count("mla") == 7
+    assert kimi.parameters / 1e9 == pytest.approx(49.1, rel=0.005)
+    assert (kimi.max_position, kimi.experts_per_token) == (1048576, 8)
+    state = kimi.layers[0].attention
+    assert state and (state.state, state.state_bytes) == ((3 * 4096 * 3, 32 * 128 * 128), 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "context"),
+    [
+        ({"max_position_embeddings": 8192, "model_max_length": 131072}, 131072),  # Command-R
+        ({"max_position_embeddings": 8192, "model_max_length": 4096}, 4096),
+        ({"max_position_embeddings": 8192, "seq_len": 4096}, 4096),
+        ({"max_target_positions": 448}, 448),
+        ({"max_seq_length": 1024}, 1024),
+    ],
+)
+def test_limits_of_the_context_have_many_names(fields: dict[str, int], context: int) -> None:
+    bare = {
+        key: item
+        for key, item in CONFIGS["llama-3.1-8b"].items()
+        if key not in ("max_position_embeddings", "rope_scaling")
+    }
+    assert parse_config({**bare, **fields}).max_position == context
+
+
 def test_which_layers_have_experts() -> None:
     r1 = parse_config(DEEPSEEK_R1)
     assert [bool(layer.mlp and layer.mlp.experts) for layer in r1.layers[:4]] == [False, False, False, True]
     every_second = {**CONFIGS["qwen3-30b-a3b"], "decoder_sparse_step": 2, "mlp_only_layers": [1]}
     sparse = [bool(layer.mlp and layer.mlp.experts) for layer in parse_config(every_second).layers]
     assert sparse[:4] == [False, False, False, True]
+
+
+LLAMA4_SCOUT = {
+    "architectures": ["Llama4ForConditionalGeneration"],
+    "model_type": "llama4",
+    "text_config": {
+        "attention_chunk_size": 8192, "head_dim": 128, "hidden_size": 5120, "interleave_moe_layer_step": 1,
+        "intermediate_size": 8192, "intermediate_size_mlp": 16384, "max_position_embeddings": 10485760,
+        "model_type": "llama4_text", "no_rope_layers": [], "num_attention_heads": 40, "num_experts_per_tok": 1,
+        "num_hidden_layers": 48, "num_key_value_heads": 8, "num_local_experts": 16, "vocab_size": 202048,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    },
+    "vision_config": {"hidden_size": 1408, "intermediate_size": 5632, "num_hidden_layers": 34},
+}  # fmt: skip
+NEMOTRON3_NANO = config(
+    "nemotron_h", "NemotronHForCausalLM", hidden_size=2688, intermediate_size=1856, moe_intermediate_size=1856,
+    moe_shared_expert_intermediate_size=3712, n_routed_experts=128, n_shared_experts=1, num_experts_per_tok=6,
+    num_attention_heads=32, num_key_value_heads=2, head_dim=128, num_hidden_layers=52,
+    hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", mamba_num_heads=64, mamba_head_dim=64,
+    ssm_state_size=128, n_groups=8, conv_kernel=4, expand=2, max_position_embeddings=262144, vocab_size=131072,
+    tie_word_embeddings=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("raw", "billions"), [(LLAMA4_SCOUT, 108.6), (NEMOTRON3_NANO, 31.6)])
+def test_experts_of_other_forms(raw: dict[str, Any], billions: float) -> None:
+    """Llama 4 has a shared expert that its config does not name; the MLPs of Nemotron-H have no gate."""
+    assert parse_config(raw).parameters / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_dense_layers_of_llama_4_have_a_size_of_their_own() -> None:
+    maverick = {**LLAMA4_SCOUT["text_config"], "interleave_moe_layer_step": 2, "num_local_experts": 128}  # type: ignore[dict-item]
+    layers = parse_config({**LLAMA4_SCOUT, "text_config": maverick}).layers
+    dense, sparse = layers[0].mlp, layers[1].mlp
+    assert dense and sparse and (dense.experts, dense.intermediate) == (0, 16384)
+    assert (sparse.experts, sparse.expert_size, sparse.shared_size) == (128, 8192, 8192)
 
 
 def test_an_unknown_architecture_says_how_sure_it_is() -> None:
@@ -341,6 +473,27 @@ BASE = CONFIGS["llama-3.1-8b"]
         ({**BASE, "quantization_config": "awq"}, "config.quantization_config"),
         ({**BASE, "quantization_config": {"quant_method": "awq", "bits": 5}}, "config.quantization_config.bits"),
         ({**BASE, "num_local_experts": 4, "num_experts_per_tok": 8}, "config.num_experts_per_tok"),
+        ({**BASE, "rope_scaling": {"type": "yarn", "factor": "x"}}, "config.rope_scaling.factor"),
+        ({**BASE, "rope_scaling": {"type": "linear", "factor": math.nan}}, "config.rope_scaling.factor"),
+        (
+            {**BASE, "rope_scaling": None, "rope_parameters": {"type": "yarn", "factor": math.inf}},
+            "config.rope_parameters.factor",
+        ),
+        (
+            {**BASE, "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": ["a"]}},
+            "config.rope_scaling.original_max_position_embeddings",
+        ),
+        (
+            {**BASE, "rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": math.nan}},
+            "config.rope_scaling.original_max_position_embeddings",
+        ),
+        ({**BASE, "num_experts": 4, "mlp_only_layers": "x"}, "config.mlp_only_layers"),
+        ({**BASE, "attention_chunk_size": 64, "no_rope_layers": [1]}, "config.no_rope_layers"),
+        ({**BASE, "attention_chunk_size": 64, "no_rope_layers": "x"}, "config.no_rope_layers"),
+        ({**MIMO_V2_FLASH, "hybrid_layer_pattern": [0, 1]}, "config.hybrid_layer_pattern"),
+        ({**KIMI_LINEAR, "linear_attn_config": {"kda_layers": 1}}, "config.linear_attn_config.kda_layers"),
+        ({**DEEPSEEK_R1, "qk_rope_head_dim": ["a"]}, "config.qk_rope_head_dim"),
+        ({**NEMOTRON3_NANO, "mamba_ssm_cache_dtype": [1]}, "config.mamba_ssm_cache_dtype"),
     ],
 )
 def test_what_is_no_models_config_is_refused_by_field(broken: Any, field: str) -> None:
@@ -356,6 +509,7 @@ def test_what_is_no_models_config_is_refused_by_field(broken: Any, field: str) -
         ({"weights_gib": -1}, "weights_gib"),
         ({"weights_gib": "15"}, "weights_gib"),
         ({"safetensors": {"a": -5}}, "safetensors[a]"),
+        ({"safetensors": ["a"]}, "safetensors"),
         ({"quantization": "awq"}, "quantization"),
         ({"dtype": "int8"}, "dtype"),
     ],
