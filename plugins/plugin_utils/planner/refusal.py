@@ -202,13 +202,16 @@ def _too_little(service: Service, team: Team, engine: Engine, total: int, holds:
     arguments["gpu_memory_used_mib"] = max(0.0, total_gib - free) * MIB
     # The most that the engine may ask for: what is free less what lies outside of its share.
     outside = engine_memory(service.shape, gpu_memory_utilization=0.5, max_model_len=length, **arguments).outside_gib
-    most = max(1, min(1000, math.floor((free - outside) / total_gib * 1000))) / 1000
+    thousandths = min(1000, math.floor((free - outside) / total_gib * 1000))
+    most = max(1, thousandths) / 1000
     memory = engine_memory(
         service.shape, gpu_memory_utilization=service.utilization or most, max_model_len=length, **arguments
     )
     reason = memory.reason
     if memory.fits and memory.max_concurrency < service.min_concurrency:
         reason = f"it holds {memory.max_concurrency:.2f} requests of {length} tokens, not {service.min_concurrency:g}"
+    if thousandths < 1 and service.utilization is None:  # no share of which it could count
+        reason = f"{total_gib - free:.2f} of {total_gib:.2f} GiB are in use by others"
     taken = [
         f"{place.label}: {max(0.0, place.free):.2f} of {place.total:.2f} GiB are free"
         for place in group

@@ -456,6 +456,14 @@ def test_memory_in_use_is_left_alone() -> None:
     assert not full["fits"]
 
 
+def test_a_gpu_that_is_full_of_others_is_said_to_be() -> None:
+    hosts = hosts_from_text("1x A10")
+    hosts[0]["gpus"][0]["memory_used_mib"] = hosts[0]["gpus"][0]["memory_total_mib"]
+    problems = one(hosts, max_model_len=4096)["problems"]
+    assert "GiB are in use by others" in problems[0] and "gpu_memory_utilization" not in " ".join(problems)
+    assert problems[-1] == "on such GPUs of its own it fits (TP 1)"
+
+
 def test_a_busy_gpu_is_avoided() -> None:
     hosts = hosts_from_text("2x A10")
     hosts[0]["gpus"][0]["memory_used_mib"] = 12000
