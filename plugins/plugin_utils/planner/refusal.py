@@ -34,7 +34,7 @@ from .layout import (
     valid_tp,
 )
 from .memory import engine_memory
-from .model import pp_problems, tp_problems
+from .model import Quantization, pp_problems, tp_problems
 from .service import Service, beyond_the_model
 
 # A refusal counts with this context when the user named none.
@@ -242,6 +242,11 @@ LOOSE = {
     "gpu_count": "gpus",
     "gpu_indices": "gpus",
 }
+# What quantized weights would be, as checkpoints of these methods are (the embedding and the output stay as they are).
+SMALLER = {
+    "8 bits (FP8)": Quantization("fp8", 8, activation_bits=8),
+    "4 bits (AWQ, GPTQ)": Quantization("awq", 4, 128, 16, 4, marlin=True, halves=True),
+}
 
 
 def _without(service: Service, keys: Sequence[str]) -> Service:
@@ -303,10 +308,10 @@ def _ways_out(service: Service, team: Team, engine: Engine, length: int, holds: 
                 ways.append(_way(f"max_model_len {longest} fits", *found))
                 break
     if service.shape.quantization is None and dtype_for(service, gpu) != "float32":
-        for method, label, share in (("fp8", "8 bits (FP8)", 0.5), ("awq", "4 bits (AWQ, GPTQ)", 0.28)):
-            weights = service.shape.parameters * 2 / 1024**3 * share
-            smaller = replace(service, shape=replace(service.shape, weights_gib=weights, cache={}))
-            if engines.quantization_problem(engine.version, method, gpu.capability) or not find(
+        for label, quant in SMALLER.items():
+            quantized = replace(service.shape, quantization=quant.method, quant=quant, weights_gib=None, cache={})
+            smaller = replace(service, shape=quantized, quantization=None)
+            if engines.quantization_problem(engine.version, quant.method, gpu.capability) or not find(
                 _without(smaller, asked), length
             ):
                 continue

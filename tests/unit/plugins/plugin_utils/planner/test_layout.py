@@ -713,6 +713,22 @@ def test_a_refusal_has_the_arithmetic_and_ways_out() -> None:
     assert any("such GPUs hold it" in problem for problem in row["problems"]), row["problems"]
 
 
+@pytest.mark.parametrize("share", [0.26, 0.22])
+def test_quantized_weights_that_are_advised_fit(share: float) -> None:
+    """A sixth of this model is its embedding, which stays in 16 bits."""
+    text = {
+        "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
+        "max_position_embeddings": 131072, "sliding_window": 1024, "torch_dtype": "bfloat16",
+        "architectures": ["Gemma3ForCausalLM"],
+    }  # fmt: skip
+    asked = {"model": "some/model", "config": text, "max_model_len": 4096, "gpu_memory_utilization": share}
+    problems = one("1x L4", **asked)["problems"]
+    (advice,) = [problem for problem in problems if problem.startswith("weights of 8 bits (FP8) fit")]
+    assert one("1x L4", **asked, quantization="fp8")["fits"] is (share > 0.23)
+    assert ("gpu_memory_utilization left out" in advice) is (share <= 0.23)
+
+
 def test_fewer_tokens_are_named_when_they_help() -> None:
     row = one("1x A10", max_model_len=32768, min_concurrency=8)
     assert not row["fits"]
