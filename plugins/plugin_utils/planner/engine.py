@@ -211,17 +211,6 @@ def quantization_problem(version: str, method: str | None, capability: Capabilit
     return f"{method} weights need compute capability {floor}{where}, the GPU has {show(capability)}"
 
 
-def latent_problem(capability: Capability, model_type: str) -> str | None:
-    """Why latent attention (MLA) cannot run on a GPU, or None."""
-    least = parse_capability(load("engines")["mla_capability"])
-    if capability >= least:
-        return None
-    return (
-        f"vLLM runs the latent attention (MLA) of {model_type} on compute capability {show(least)} and higher, and the GPU has "
-        f"{show(capability)}: take a GPU from {show(least)} on, or another model"
-    )
-
-
 def float16_is_wrong(model_type: str) -> bool:
     """Models of this type need bfloat16 or float32."""
     return model_type in load("engines")["not_float16"]["model_types"]

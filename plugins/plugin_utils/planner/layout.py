@@ -283,11 +283,8 @@ def _weights_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:
         (layer.attention.head_dim for layer in shape.layers if layer.attention and layer.attention.kind in kinds),
         default=0,
     )
-    latent = any(mixer.kind == "mla" for layer in shape.layers for mixer in layer.mixers)
-    return (
-        engines.quantization_problem(engine.version, method, gpu.capability)
-        or (engines.latent_problem(gpu.capability, shape.model_type) if latent else None)
-        or engines.dtype_problem(engine, gpu.capability, shape.model_type, dtype_for(service, gpu), method, head)
+    return engines.quantization_problem(engine.version, method, gpu.capability) or engines.dtype_problem(
+        engine, gpu.capability, shape.model_type, dtype_for(service, gpu), method, head
     )
 
 

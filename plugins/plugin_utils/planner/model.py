@@ -113,7 +113,7 @@ class Layer:
 class Quantization:
     """Weights of the quantized matrices: ``bits`` each, with scales of ``scale_bits`` for every ``group`` inputs
     (0: one for each output) or for each block. ``skip_attention``, ``skip_dense``: those stay unquantized. ``halves``:
-    a group of the experts may be cut, and its scales be repeated. ``whole``: no matrix can be cut."""
+    a group of the experts may be cut, and its scales be repeated."""
 
     method: str
     bits: float
@@ -126,7 +126,6 @@ class Quantization:
     skip_dense: bool = False
     marlin: bool = False
     halves: bool = False
-    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -846,8 +845,7 @@ def _quantization(config: Config, text: Config, wanted: str | None, notes: list[
         return Quantization(method, 8, activation_bits=8, skip_attention=skip)
     if method == "bitsandbytes":
         bits = 8 if read.flag("load_in_8bit", "_load_in_8bit") else 4
-        # vLLM's loader refuses to cut what came quantized, and cuts what it quantizes itself.
-        return Quantization(method, bits, 64 if bits == 4 else 0, 8 if bits == 4 else 16, whole=True)
+        return Quantization(method, bits, 64 if bits == 4 else 0, 8 if bits == 4 else 16)
     bits = read.count("bits", "w_bit", "num_bits", default=16, high=32)
     notes.append(f"quantization method {method or 'without a name'} is not known: planned with {bits} bits a weight")
     return Quantization(method or "unknown", bits)
@@ -1022,8 +1020,6 @@ def expert_group(quant: Quantization, hidden: int, part: int) -> int:
 def _split_problems(shape: ModelShape, tp: int, expert_parallel: bool, dp: int, halves: bool) -> Iterator[str]:
     if padded_vocab(shape.vocab_size) % tp:
         yield f"vocabulary of {shape.vocab_size}, padded to {padded_vocab(shape.vocab_size)}"
-    if tp > 1 and shape.quant and shape.quant.whole:
-        yield f"weights that came quantized by {shape.quant.method}, which vLLM spreads by pipeline stages only"
     for layer in dict.fromkeys(shape.layers):
         m = layer.mlp
         for a in layer.mixers:

@@ -903,28 +903,3 @@ def test_the_same_service_of_a_larger_model_grows_with_its_hosts(number: int, si
     assert [line for line in row["why"] if "does not hold" in line] == [
         "TP 2 does not hold the weights and a context of 8192 tokens"
     ]
-
-
-@pytest.mark.parametrize(
-    ("there", "fits"),
-    [("4x T4", False), ("2x V100-SXM2-32GB", False), ("4x RTX-2080-Ti-22GB", False), ("1x A100-80GB", True)],
-)
-def test_latent_attention_below_8(there: str, fits: bool) -> None:
-    row = one(there, model="lite", config=CONFIGS["deepseek-v2-lite"], max_model_len=8192)
-    assert row["fits"] is fits, row["problems"]
-    if not fits:
-        (problem,) = row["problems"]
-        assert "the latent attention (MLA) of deepseek_v2 on compute capability 8.0 and higher" in problem
-
-
-def test_weights_that_came_quantized_by_bitsandbytes_are_not_cut() -> None:
-    """vLLM's loader ends with an error; what it quantizes itself it cuts."""
-    plain = {key: value for key, value in CONFIGS["qwen2.5-32b"].items() if key != "quantization_config"}
-    came = {**plain, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    two = {"model": "bnb", "max_model_len": 8192, "tensor_parallel_size": 2}
-    row = one("2x L40S", config=came, **two)
-    assert not row["fits"]
-    assert "TP 2 is not possible: weights that came quantized by bitsandbytes" in row["problems"][0]
-    stages = {**two, "tensor_parallel_size": 1, "pipeline_parallel_size": 2}
-    assert one("2x L40S", config=came, **stages)["fits"]
-    assert one("2x L40S", config=plain, quantization="bitsandbytes", **two)["fits"]
