@@ -276,7 +276,9 @@ def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engi
 
 
 def _weights_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:
-    """Why a release cannot run the model's weights on a GPU, or None."""
+    """Why a release cannot run the model's weights and its attention on a GPU, or None."""
+    if problem := _attention_problem(service, engine, gpu):
+        return problem
     shape, method = service.shape, service.quantization or service.shape.quantization
     kinds = ("full", "sliding", "chunked")
     head = max(
@@ -286,6 +288,16 @@ def _weights_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:
     return engines.quantization_problem(engine.version, method, gpu.capability) or engines.dtype_problem(
         engine, gpu.capability, shape.model_type, dtype_for(service, gpu), method, head
     )
+
+
+def _attention_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:
+    """Why a release has no kernels for the model's attention on a GPU, or None."""
+    shape, table = service.shape, load("engines")
+    has = f"the GPU has {engines.show(gpu.capability)}"
+    mla = [layer.attention for layer in shape.layers if layer.attention and layer.attention.kind == "mla"]
+    if mla and gpu.capability < engines.parse_capability(table["mla_from"]):
+        return f"latent attention (MLA) of {shape.model_type} needs compute capability {table['mla_from']}, {has}: take a newer GPU"
+    return None
 
 
 def _undividable(service: Service, engine: Engine, gpu: Gpu) -> str | None:
