@@ -297,6 +297,12 @@ def _attention_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None
     mla = [layer.attention for layer in shape.layers if layer.attention and layer.attention.kind == "mla"]
     if mla and gpu.capability < engines.parse_capability(table["mla_from"]):
         return f"latent attention (MLA) of {shape.model_type} needs compute capability {table['mla_from']}, {has}: take a newer GPU"
+    majors = engines.by_release(table["sparse_mla_majors"], engine.version)
+    if any(attention.index_bytes for attention in mla) and gpu.capability[0] not in majors:
+        return (
+            f"sparse attention (index_topk) of {shape.model_type} needs compute capability {', '.join(f'{each}.x' for each in majors)} "
+            f"in vLLM {engine.version}, {has}: take such a GPU"
+        )
     return None
 
 

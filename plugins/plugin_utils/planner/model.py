@@ -62,7 +62,7 @@ class Attention:
     """Attention of one layer. ``kind``: full, sliding, chunked, mla, state (Mamba, linear attention) or encoder.
 
     ``window``: tokens a sliding or chunked layer looks back. MLA: ``latent`` (kv_lora_rank), ``rope_dim``,
-    ``nope_dim``, ``q_rank`` (0: q is one matrix). State: ``state`` elements for one request over all heads (conv and
+    ``nope_dim``, ``q_rank`` (0: q is one matrix), ``index_bytes`` of a token in the indexer's cache (sparse). State: ``state`` elements for one request over all heads (conv and
     recurrent), ``state_bytes``: bytes of a recurrent one (0: as the model's others), ``projection``: elements of its
     matrices.
     """
@@ -77,6 +77,7 @@ class Attention:
     rope_dim: int = 0
     nope_dim: int = 0
     q_rank: int = 0
+    index_bytes: int = 0
     bias: bool = False
     state: tuple[int, int] = (0, 0)
     state_bytes: int = 0
@@ -148,6 +149,7 @@ class ModelShape:
         notes: one line each: what was assumed.
         layers: every layer in order.
         unbounded: the config has no largest context: max_position is what vLLM takes unless it is told another one.
+        compressed: layers keep their KV cache in parts (``compress_ratios``).
     """
 
     architecture: str
@@ -178,6 +180,7 @@ class ModelShape:
     rotary_elements: int = 0
     vision_parameters: int = 0
     unbounded: bool = False
+    compressed: bool = False
     cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -201,7 +204,7 @@ class ModelShape:
 def kv_page(attention: Attention, tp: int, element_bytes: float) -> int:
     """Bytes of one token in one layer's KV cache on one GPU."""
     if attention.kind == "mla":  # one latent vector for all heads: every GPU holds all of it
-        return int((attention.latent + attention.rope_dim) * element_bytes)
+        return int((attention.latent + attention.rope_dim) * element_bytes) + attention.index_bytes
     return int(max(1, attention.kv_heads // tp) * (attention.head_dim + attention.v_dim) * element_bytes)
 
 
@@ -396,6 +399,7 @@ def parse_config(
         rotary_elements=rotary,
         vision_parameters=vision,
         unbounded=stateful is not None and not _limits(read),
+        compressed=bool(text.get("compress_ratios")),
     )
     parameters = sum(rows * cols for _, rows, cols, _ in matrices(shape, 1, 1, range(num_layers), True, True))
     return replace(shape, parameters=parameters + vision, cache={})
@@ -575,6 +579,7 @@ def _layers(
                 rope_dim=rope_dim,
                 nope_dim=nope,
                 q_rank=read.count("q_lora_rank", default=0, low=0),
+                index_bytes=_index_bytes(read),
             )
         elif kind == "state":
             made = replace(_state_attention(read, hidden), state_bytes=_state_bytes(read, model_type))
@@ -610,6 +615,12 @@ def _layers(
         made = Layer(attention("full" if both else kind), mlp, attention("state") if both else None)
         layers.append(cache.setdefault((kind, mlp), made))
     return tuple(layers)
+
+
+def _index_bytes(read: _Reader) -> int:
+    """Bytes of a token that sparse attention keeps to choose by: 8 bits an element, a scale of 32 for each 128 (deepseek_v2.py)."""
+    size = read.count("index_head_dim", default=128) if read.config.get("index_topk") else 0
+    return size + size // 128 * 4
 
 
 def _state_bytes(read: _Reader, model_type: str) -> int:
