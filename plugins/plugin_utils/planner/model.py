@@ -150,6 +150,7 @@ class ModelShape:
         layers: every layer in order.
         unbounded: the config has no largest context: max_position is what vLLM takes unless it is told another one.
         compressed: layers keep their KV cache in parts (``compress_ratios``).
+        outer_type: model_type of the whole, where model_type is that of its language model.
     """
 
     architecture: str
@@ -181,6 +182,7 @@ class ModelShape:
     vision_parameters: int = 0
     unbounded: bool = False
     compressed: bool = False
+    outer_type: str = ""
     cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -400,6 +402,7 @@ def parse_config(
         vision_parameters=vision,
         unbounded=stateful is not None and not _limits(read),
         compressed=bool(text.get("compress_ratios")),
+        outer_type=str(config.get("model_type") or model_type),
     )
     parameters = sum(rows * cols for _, rows, cols, _ in matrices(shape, 1, 1, range(num_layers), True, True))
     return replace(shape, parameters=parameters + vision, cache={})
