@@ -114,7 +114,7 @@ class Layer:
 class Quantization:
     """Weights of the quantized matrices: ``bits`` each, with scales of ``scale_bits`` for every ``group`` inputs
     (0: one for each output) or for each block. ``skip_attention``, ``skip_dense``: those stay unquantized. ``halves``:
-    a group of the experts may be cut, and its scales be repeated."""
+    a group of the experts may be cut, and its scales be repeated. ``whole``: the files hold matrices that cannot be cut."""
 
     method: str
     bits: float
@@ -127,6 +127,7 @@ class Quantization:
     skip_dense: bool = False
     marlin: bool = False
     halves: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -788,7 +789,7 @@ def _quantization(config: Config, text: Config, wanted: str | None, notes: list[
         return Quantization(method, 8, activation_bits=8, skip_attention=skip)
     if method == "bitsandbytes":
         bits = 8 if read.flag("load_in_8bit", "_load_in_8bit") else 4
-        return Quantization(method, bits, 64 if bits == 4 else 0, 8 if bits == 4 else 16)
+        return Quantization(method, bits, 64 if bits == 4 else 0, 8 if bits == 4 else 16, whole=True)
     bits = read.count("bits", "w_bit", "num_bits", default=16, high=32)
     notes.append(f"quantization method {method or 'without a name'} is not known: planned with {bits} bits a weight")
     return Quantization(method or "unknown", bits)
@@ -961,6 +962,9 @@ def expert_group(quant: Quantization, hidden: int, part: int) -> int:
 
 
 def _split_problems(shape: ModelShape, tp: int, expert_parallel: bool, dp: int, halves: bool) -> Iterator[str]:
+    if tp > 1 and shape.quant and shape.quant.whole:  # bitsandbytes_loader.py of vLLM 0.25.1
+        yield f"weights in the format of {shape.quant.method} cannot be cut: PP divides them, or take the unquantized ones"
+        return
     if padded_vocab(shape.vocab_size) % tp:
         yield f"vocabulary of {shape.vocab_size}, padded to {padded_vocab(shape.vocab_size)}"
     for layer in dict.fromkeys(shape.layers):

@@ -46,8 +46,8 @@ GEMMA3 = {
 GEMMA3_TEXT = {**GEMMA3["text_config"], "architectures": ["Gemma3ForCausalLM"], "vocab_size": 262144, "torch_dtype": "bfloat16"}  # type: ignore[dict-item]
 
 
-def one(gpus: str, config: dict[str, Any], **service: Any) -> dict[str, Any]:
-    row: dict[str, Any] = make_plan([{"name": "s", "model": "m", "config": config, **service}], hosts_from_text(gpus))[
+def one(there: str, config: dict[str, Any], **service: Any) -> dict[str, Any]:
+    row: dict[str, Any] = make_plan([{"name": "s", "model": "m", "config": config, **service}], hosts_from_text(there))[
         "services"
     ][0]
     return row
@@ -112,3 +112,12 @@ def test_a_cache_that_can_be_is_planned(gpus: str, config: dict[str, Any], dtype
 def test_an_unknown_cache_is_refused_by_the_name_of_its_service() -> None:
     with pytest.raises(PlanError, match=r"vllm_services\[s\]\.kv_cache_dtype.*fp4.*give one of auto"):
         one("1x A100", DENSE, kv_cache_dtype="fp4")
+
+
+def test_weights_in_the_format_of_bitsandbytes_are_not_cut() -> None:
+    config = {**DENSE, "num_hidden_layers": 84, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    row = one("2x T4", config)
+    assert row["fits"] and (row["tensor_parallel_size"], row["pipeline_parallel_size"]) == (1, 2)
+    refused = one("2x T4", config, tensor_parallel_size=2)
+    assert "TP 2 is not possible: weights in the format of bitsandbytes cannot be cut: PP divides them" in refused["problems"][0]
+    assert one("2x T4", DENSE, quantization="bitsandbytes", tensor_parallel_size=2)["fits"]
