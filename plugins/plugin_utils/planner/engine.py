@@ -201,11 +201,16 @@ def architecture_problem(engine: Engine, architecture: str) -> str | None:
     return None
 
 
+def by_release(rows: dict[str, Any], version: str) -> Any:
+    """What holds in a release, of rows by the release from which on they hold, oldest first."""
+    return [row for first, row in rows.items() if at_least(version, first)][-1]
+
+
 def quantization_problem(version: str, method: str | None, capability: Capability) -> str | None:
     """Why a release cannot run weights of this quantization method on a GPU, or None."""
     floor, where = load("engines")["quantization"].get(method or ""), ""
     if isinstance(floor, dict):
-        floor, where = [row for first, row in floor.items() if at_least(version, first)][-1], f" in vLLM {version}"
+        floor, where = by_release(floor, version), f" in vLLM {version}"
     if floor is None or capability >= parse_capability(floor):
         return None
     return f"{method} weights need compute capability {floor}{where}, the GPU has {show(capability)}"

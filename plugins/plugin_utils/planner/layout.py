@@ -276,7 +276,9 @@ def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engi
 
 
 def _weights_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:
-    """Why a release cannot run the model's weights on a GPU, or None."""
+    """Why a release cannot run the model's weights and its attention on a GPU, or None."""
+    if problem := _attention_problem(service, engine, gpu) or _cache_problem(service, engine, gpu):
+        return problem
     shape, method = service.shape, service.quantization or service.shape.quantization
     kinds = ("full", "sliding", "chunked")
     head = max(
@@ -286,6 +288,51 @@ def _weights_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:
     return engines.quantization_problem(engine.version, method, gpu.capability) or engines.dtype_problem(
         engine, gpu.capability, shape.model_type, dtype_for(service, gpu), method, head
     )
+
+
+def _attention_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:
+    """Why a release has no kernels for the model's attention on a GPU, or None."""
+    shape, table = service.shape, load("engines")
+    has = f"the GPU has {engines.show(gpu.capability)}"
+    mla = [layer.attention for layer in shape.layers if layer.attention and layer.attention.kind == "mla"]
+    if mla and gpu.capability < engines.parse_capability(table["mla_from"]):
+        return f"latent attention (MLA) of {shape.model_type} needs compute capability {table['mla_from']}, {has}: take a newer GPU"
+    majors = engines.by_release(table["sparse_mla_majors"], engine.version)
+    if any(attention.index_bytes for attention in mla) and gpu.capability[0] not in majors:
+        return (
+            f"sparse attention (index_topk) of {shape.model_type} needs compute capability {', '.join(f'{each}.x' for each in majors)} "
+            f"in vLLM {engine.version}, {has}: take such a GPU"
+        )
+    return None
+
+
+def _cache_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:
+    """Why a release cannot keep the KV cache of a model in the dtype asked for on a GPU, or None."""
+    dtype, shape, table = service.kv_cache_dtype, service.shape, load("engines")["kv_cache"]
+    if dtype == "auto":
+        return None
+    asked, release = f"kv_cache_dtype {dtype}", f"vLLM {engine.version}"
+    has = f"the GPU has {engines.show(gpu.capability)}: leave it out"
+    first = table["first"].get(dtype)
+    if first and not engines.at_least(engine.version, first):
+        return f"{release} has no {asked}: it came with {first}. Leave it out"
+    attentions = [layer.attention for layer in shape.layers if layer.attention]
+    if dtype == "fp8_ds_mla" and not any(attention.index_bytes for attention in attentions):
+        return f"{asked} is for sparse latent attention (index_topk), which {shape.model_type} has not: leave it out, or give fp8"
+    if dtype == "bfloat16" and gpu.capability < engines.parse_capability(table["bfloat16_from"]):
+        return f"{asked} needs compute capability {table['bfloat16_from']}, {has}"
+    plain = [each.head_dim for each in attentions if each.kind in ("full", "sliding", "chunked")]
+    if not dtype.startswith("fp8") or not plain or engine.core(gpu.capability) == "V0":
+        return None
+    if gpu.capability >= engines.parse_capability(table["fp8_from"]):
+        return None
+    if gpu.capability < engines.parse_capability(table["flashinfer_from"]):
+        return f"{asked} needs compute capability {table['flashinfer_from']} in {release}, {has}"
+    beyond = next((head for head in plain if head not in table["flashinfer_heads"]), None)
+    if beyond or shape.outer_type in table["fp8_not"]:
+        whose = f"heads of {beyond}" if beyond else f"the attention of {shape.outer_type}"
+        return f"{asked} for {whose} needs compute capability {table['fp8_from']} in {release}, {has}"
+    return None
 
 
 def _undividable(service: Service, engine: Engine, gpu: Gpu) -> str | None:

@@ -636,7 +636,12 @@ def _element_bytes(shape: ModelShape, dtype: str, capability: tuple[int, int]) -
 
 
 def states_problem(shape: ModelShape, version: str, v0: bool) -> str | None:
-    """Why the memory of a model's states is not known, or None."""
+    """Why the memory of a model's states, or of its cache, is not known, or None."""
+    if shape.compressed:
+        return (
+            f"{shape.model_type} keeps a KV cache that is compressed by layer (compress_ratios), which is not counted here: take "
+            "another model"
+        )
     if not v0 or not shape.states:
         return None
     return (

@@ -62,7 +62,7 @@ class Attention:
     """Attention of one layer. ``kind``: full, sliding, chunked, mla, state (Mamba, linear attention) or encoder.
 
     ``window``: tokens a sliding or chunked layer looks back. MLA: ``latent`` (kv_lora_rank), ``rope_dim``,
-    ``nope_dim``, ``q_rank`` (0: q is one matrix). State: ``state`` elements for one request over all heads (conv and
+    ``nope_dim``, ``q_rank`` (0: q is one matrix), ``index_bytes`` of a token in the indexer's cache (sparse). State: ``state`` elements for one request over all heads (conv and
     recurrent), ``state_bytes``: bytes of a recurrent one (0: as the model's others), ``projection``: elements of its
     matrices.
     """
@@ -77,6 +77,7 @@ class Attention:
     rope_dim: int = 0
     nope_dim: int = 0
     q_rank: int = 0
+    index_bytes: int = 0
     bias: bool = False
     state: tuple[int, int] = (0, 0)
     state_bytes: int = 0
@@ -113,7 +114,7 @@ class Layer:
 class Quantization:
     """Weights of the quantized matrices: ``bits`` each, with scales of ``scale_bits`` for every ``group`` inputs
     (0: one for each output) or for each block. ``skip_attention``, ``skip_dense``: those stay unquantized. ``halves``:
-    a group of the experts may be cut, and its scales be repeated."""
+    a group of the experts may be cut, and its scales be repeated. ``whole``: the files hold matrices that cannot be cut."""
 
     method: str
     bits: float
@@ -126,6 +127,7 @@ class Quantization:
     skip_dense: bool = False
     marlin: bool = False
     halves: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ class ModelShape:
         notes: one line each: what was assumed.
         layers: every layer in order.
         unbounded: the config has no largest context: max_position is what vLLM takes unless it is told another one.
+        compressed: layers keep their KV cache in parts (``compress_ratios``).
+        outer_type: model_type of the whole, where model_type is that of its language model.
     """
 
     architecture: str
@@ -178,6 +182,8 @@ class ModelShape:
     rotary_elements: int = 0
     vision_parameters: int = 0
     unbounded: bool = False
+    compressed: bool = False
+    outer_type: str = ""
     cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -201,7 +207,7 @@ class ModelShape:
 def kv_page(attention: Attention, tp: int, element_bytes: float) -> int:
     """Bytes of one token in one layer's KV cache on one GPU."""
     if attention.kind == "mla":  # one latent vector for all heads: every GPU holds all of it
-        return int((attention.latent + attention.rope_dim) * element_bytes)
+        return int((attention.latent + attention.rope_dim) * element_bytes) + attention.index_bytes
     return int(max(1, attention.kv_heads // tp) * (attention.head_dim + attention.v_dim) * element_bytes)
 
 
@@ -419,6 +425,8 @@ def parse_config(
         rotary_elements=rotary,
         vision_parameters=vision,
         unbounded=stateful is not None and not _limits(read),
+        compressed=bool(text.get("compress_ratios")),
+        outer_type=str(config.get("model_type") or model_type),
     )
     parameters = sum(rows * cols for _, rows, cols, _ in matrices(shape, 1, 1, range(num_layers), True, True))
     return replace(shape, parameters=parameters + vision, cache={})
@@ -615,6 +623,7 @@ def _layers(
                 rope_dim=rope_dim,
                 nope_dim=nope,
                 q_rank=read.count("q_lora_rank", default=0, low=0),
+                index_bytes=_index_bytes(read),
             )
         elif kind == "state":
             made = replace(_state_attention(read, hidden), state_bytes=_state_bytes(read, model_type))
@@ -667,6 +676,12 @@ def _layers(
         made = Layer(attention("full" if both else kind), mlp, attention("state") if both else None)
         layers.append(cache.setdefault((kind, mlp), made))
     return tuple(layers)
+
+
+def _index_bytes(read: _Reader) -> int:
+    """Bytes of a token that sparse attention keeps to choose by: 8 bits an element, a scale of 32 for each 128 (deepseek_v2.py)."""
+    size = read.count("index_head_dim", default=128) if read.config.get("index_topk") else 0
+    return size + size // 128 * 4
 
 
 def _state_bytes(read: _Reader, model_type: str) -> int:
@@ -845,7 +860,7 @@ def _quantization(config: Config, text: Config, wanted: str | None, notes: list[
         return Quantization(method, 8, activation_bits=8, skip_attention=skip)
     if method == "bitsandbytes":
         bits = 8 if read.flag("load_in_8bit", "_load_in_8bit") else 4
-        return Quantization(method, bits, 64 if bits == 4 else 0, 8 if bits == 4 else 16)
+        return Quantization(method, bits, 64 if bits == 4 else 0, 8 if bits == 4 else 16, whole=True)
     bits = read.count("bits", "w_bit", "num_bits", default=16, high=32)
     notes.append(f"quantization method {method or 'without a name'} is not known: planned with {bits} bits a weight")
     return Quantization(method or "unknown", bits)
@@ -1018,6 +1033,9 @@ def expert_group(quant: Quantization, hidden: int, part: int) -> int:
 
 
 def _split_problems(shape: ModelShape, tp: int, expert_parallel: bool, dp: int, halves: bool) -> Iterator[str]:
+    if tp > 1 and shape.quant and shape.quant.whole:  # bitsandbytes_loader.py of vLLM 0.25.1
+        yield f"weights in the format of {shape.quant.method} cannot be cut: PP divides them, or take the unquantized ones"
+        return
     if padded_vocab(shape.vocab_size) % tp:
         yield f"vocabulary of {shape.vocab_size}, padded to {padded_vocab(shape.vocab_size)}"
     for layer in dict.fromkeys(shape.layers):

@@ -12,6 +12,7 @@ from typing import Any
 from .engine import Engine, get
 from .errors import PlanError
 from .hardware import mapping, sequence, whole
+from .memory import KV_DTYPES
 from .model import Config, ModelShape, parse_config
 from .tables import load, model_entry
 
@@ -344,7 +345,7 @@ def parse_service(raw: object, number: int) -> Service:
         max_num_seqs=_positive(item, "max_num_seqs", field),
         max_num_batched_tokens=_positive(item, "max_num_batched_tokens", field),
         dtype=dtype,
-        kv_cache_dtype=_text(item, "kv_cache_dtype", field) or "auto",
+        kv_cache_dtype=_one_of(item, "kv_cache_dtype", field, tuple(KV_DTYPES), "auto") or "auto",
         quantization=quantization,
         enforce_eager=_flag(item, "enforce_eager", field),
         executor=_one_of(item, "executor", field, ("ray", "mp"), None),
