@@ -62,9 +62,9 @@ class Attention:
     """Attention of one layer. ``kind``: full, sliding, chunked, mla, state (Mamba, linear attention) or encoder.
 
     ``window``: tokens a sliding or chunked layer looks back. MLA: ``latent`` (kv_lora_rank), ``rope_dim``,
-    ``nope_dim``, ``q_rank`` (0: q is one matrix), ``index_bytes`` of a token in the indexer's cache (sparse). State: ``state`` elements for one request over all heads (conv and
-    recurrent), ``state_bytes``: bytes of a recurrent one (0: as the model's others), ``projection``: elements of its
-    matrices.
+    ``nope_dim``, ``q_rank`` (0: q is one matrix), ``index_bytes`` of a token in the indexer's cache (sparse). State:
+    ``state`` elements for one request over all heads (conv and recurrent), ``state_bytes``: bytes of a recurrent one
+    (0: as the model's others), ``projection``: elements of its matrices.
     """
 
     kind: str

@@ -43,7 +43,12 @@ GEMMA3 = {
     },
     "vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27},
 }  # fmt: skip
-GEMMA3_TEXT = {**GEMMA3["text_config"], "architectures": ["Gemma3ForCausalLM"], "vocab_size": 262144, "torch_dtype": "bfloat16"}  # type: ignore[dict-item]
+GEMMA3_TEXT = {
+    **GEMMA3["text_config"],
+    "architectures": ["Gemma3ForCausalLM"],
+    "vocab_size": 262144,
+    "torch_dtype": "bfloat16",
+}  # type: ignore[dict-item]
 
 
 def one(there: str, config: dict[str, Any], **service: Any) -> dict[str, Any]:
@@ -53,7 +58,9 @@ def one(there: str, config: dict[str, Any], **service: Any) -> dict[str, Any]:
     return row
 
 
-@pytest.mark.parametrize(("gpus", "version"), [("4x T4", None), ("2x V100-32GB", "0.8.5.post1"), ("2x V100-32GB", None)])
+@pytest.mark.parametrize(
+    ("gpus", "version"), [("4x T4", None), ("2x V100-32GB", "0.8.5.post1"), ("2x V100-32GB", None)]
+)
 def test_latent_attention_needs_8_0(gpus: str, version: str | None) -> None:
     row = one(gpus, MLA, engine_version=version)
     assert not row["fits"]
@@ -75,7 +82,12 @@ def test_the_indexer_of_sparse_attention_has_a_cache() -> None:
 
 
 def test_a_compressed_cache_is_not_counted() -> None:
-    config = {**DENSE, "architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", "compress_ratios": [4] * 28}
+    config = {
+        **DENSE,
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "model_type": "deepseek_v4",
+        "compress_ratios": [4] * 28,
+    }
     row = one("8x H100", config)
     assert not row["fits"] and "(compress_ratios), which is not counted here" in row["problems"][0]
 
@@ -92,7 +104,9 @@ def test_a_compressed_cache_is_not_counted() -> None:
         ("1x A100", MLA, {"kv_cache_dtype": "fp8_ds_mla"}, "is for sparse latent attention (index_topk), which deepseek_v2 has not"),
     ],
 )  # fmt: skip
-def test_a_cache_that_cannot_be_is_refused(gpus: str, config: dict[str, Any], service: dict[str, Any], told: str) -> None:
+def test_a_cache_that_cannot_be_is_refused(
+    gpus: str, config: dict[str, Any], service: dict[str, Any], told: str
+) -> None:
     row = one(gpus, config, **service)
     assert not row["fits"] and told in row["problems"][0] and "leave it out" in row["problems"][0].lower()
 
@@ -115,9 +129,16 @@ def test_an_unknown_cache_is_refused_by_the_name_of_its_service() -> None:
 
 
 def test_weights_in_the_format_of_bitsandbytes_are_not_cut() -> None:
-    config = {**DENSE, "num_hidden_layers": 84, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    config = {
+        **DENSE,
+        "num_hidden_layers": 84,
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    }
     row = one("2x T4", config)
     assert row["fits"] and (row["tensor_parallel_size"], row["pipeline_parallel_size"]) == (1, 2)
     refused = one("2x T4", config, tensor_parallel_size=2)
-    assert "TP 2 is not possible: weights in the format of bitsandbytes cannot be cut: PP divides them" in refused["problems"][0]
+    assert (
+        "TP 2 is not possible: weights in the format of bitsandbytes cannot be cut: PP divides them"
+        in refused["problems"][0]
+    )
     assert one("2x T4", DENSE, quantization="bitsandbytes", tensor_parallel_size=2)["fits"]
