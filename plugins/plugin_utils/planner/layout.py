@@ -280,6 +280,12 @@ def _weights_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:
     if problem := _attention_problem(service, engine, gpu) or _cache_problem(service, engine, gpu):
         return problem
     shape, method = service.shape, service.quantization or service.shape.quantization
+    never, quant = load("engines")["no_int8_from"], shape.quant
+    if quant and quant.integer and (quant.bits, quant.activation_bits) == (8, 8) and gpu.capability >= engines.parse_capability(never):
+        return (
+            f"{method} weights with 8-bit integers and activations run below compute capability {never}, the GPU has "
+            f"{engines.show(gpu.capability)}: take weights in FP8 or 4 bits"
+        )
     kinds = ("full", "sliding", "chunked")
     head = max(
         (layer.attention.head_dim for layer in shape.layers if layer.attention and layer.attention.kind in kinds),

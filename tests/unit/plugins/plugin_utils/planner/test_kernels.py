@@ -121,3 +121,19 @@ def test_weights_in_the_format_of_bitsandbytes_are_not_cut() -> None:
     refused = one("2x T4", config, tensor_parallel_size=2)
     assert "TP 2 is not possible: weights in the format of bitsandbytes cannot be cut: PP divides them" in refused["problems"][0]
     assert one("2x T4", DENSE, quantization="bitsandbytes", tensor_parallel_size=2)["fits"]
+
+
+def test_weights_of_8_bit_integers_need_a_gpu_that_multiplies_them() -> None:
+    parts = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    int8 = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": parts, "input_activations": parts}}}
+    fp8 = {**int8, "config_groups": {"group_0": {"weights": {**parts, "type": "float"}, "input_activations": parts}}}
+    row = one("1x RTX-5090", {**DENSE, "quantization_config": int8})
+    assert not row["fits"] and "run below compute capability 10.0, the GPU has 12.0: take weights in FP8" in row["problems"][0]
+    assert one("1x RTX-5090", {**DENSE, "quantization_config": fp8})["fits"]
+    assert one("1x L40S", {**DENSE, "quantization_config": int8})["fits"]
+
+
+def test_mxfp4_runs_with_bfloat16_only() -> None:
+    row = one("1x L40S", GPT_OSS, dtype="half")
+    assert row["problems"] == ["mxfp4 weights run with dtype bfloat16 only, not float16: leave dtype out"]
+    assert one("1x L40S", GPT_OSS, dtype="bfloat16")["fits"]
