@@ -62,7 +62,8 @@ class Attention:
     """Attention of one layer. ``kind``: full, sliding, chunked, mla, state (Mamba, linear attention) or encoder.
 
     ``window``: tokens a sliding or chunked layer looks back. MLA: ``latent`` (kv_lora_rank), ``rope_dim``,
-    ``nope_dim``, ``q_rank`` (0: q is one matrix), ``index_bytes`` of a token in the indexer's cache (sparse). State: ``state`` elements for one request over all heads (conv and
+    ``nope_dim``, ``q_rank`` (0: q is one matrix), ``index_bytes`` of a token in the cache of its
+    indexer (0: not sparse). State: ``state`` elements for one request over all heads (conv and
     recurrent), ``state_bytes``: bytes of a recurrent one (0: as the model's others), ``projection``: elements of its
     matrices.
     """
@@ -114,7 +115,8 @@ class Layer:
 class Quantization:
     """Weights of the quantized matrices: ``bits`` each, with scales of ``scale_bits`` for every ``group`` inputs
     (0: one for each output) or for each block. ``skip_attention``, ``skip_dense``: those stay unquantized. ``halves``:
-    a group of the experts may be cut, and its scales be repeated. ``integer``: integers, not floating-point numbers. ``whole``: the files hold matrices that cannot be cut."""
+    a group of the experts may be cut, and its scales be repeated. ``integer``: they are integers.
+    ``whole``: matrices of the files cannot be cut."""
 
     method: str
     bits: float
