@@ -233,6 +233,8 @@ def dtype_problem(
     if dtype == "float16" and float16_is_wrong(model_type) and at_least(engine.version, table["refused_from"]):
         other = "bfloat16" if capability >= (8, 0) else "float32"
         return f"vLLM {engine.version} refuses dtype float16 for {model_type}, which is wrong in it: leave it out, or give {other}"
+    if dtype not in ("auto", "bfloat16") and quantization in load("engines")["only_bfloat16"]:
+        return f"{quantization} weights run with dtype bfloat16 only, not {dtype}: leave dtype out"
     if dtype == "float32" and quantization and quantization not in table["float32_beside"]:
         if capability >= (8, 0) or not float16_is_wrong(model_type):
             return f"{quantization} weights do not run beside dtype float32: leave it out"

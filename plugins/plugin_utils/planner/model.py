@@ -114,7 +114,8 @@ class Layer:
 class Quantization:
     """Weights of the quantized matrices: ``bits`` each, with scales of ``scale_bits`` for every ``group`` inputs
     (0: one for each output) or for each block. ``skip_attention``, ``skip_dense``: those stay unquantized. ``halves``:
-    a group of the experts may be cut, and its scales be repeated. ``whole``: the files hold matrices that cannot be cut."""
+    a group of the experts may be cut, and its scales be repeated. ``integer``: they are integers.
+    ``whole``: matrices of the files cannot be cut."""
 
     method: str
     bits: float
@@ -123,6 +124,7 @@ class Quantization:
     zero_bits: float = 0
     block: tuple[int, int] = (0, 0)
     activation_bits: int = 16
+    integer: bool = False
     skip_attention: bool = False
     skip_dense: bool = False
     marlin: bool = False
@@ -890,8 +892,8 @@ def _compressed_tensors(raw: Config, notes: list[str]) -> Quantization:
     activation = _Reader(inputs).count("num_bits", default=8) if isinstance(inputs, Mapping) else 16
     return Quantization(
         "compressed-tensors", bits, max(group_size, 0), 8 if bits == 4 and weights.get("type") == "float" else 16,
-        0 if weights.get("symmetric", True) else bits, size, activation, _names_attention(raw.get("ignore")),
-        marlin=activation == 16,
+        0 if weights.get("symmetric", True) else bits, size, activation, weights.get("type", "int") == "int",
+        _names_attention(raw.get("ignore")), marlin=activation == 16,
     )  # fmt: skip
 
 
