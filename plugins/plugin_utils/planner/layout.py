@@ -277,13 +277,16 @@ def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engi
 
 def _weights_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:
     """Why a release cannot run the model's weights and its attention on a GPU, or None."""
-    checks = (_attention_problem, _cache_problem, _fallback_problem)
-    if problem := next(filter(None, (check(service, engine, gpu) for check in checks)), None):
+    if problem := _attention_problem(service, engine, gpu) or _cache_problem(service, engine, gpu):
         return problem
     shape, method = service.shape, service.quantization or service.shape.quantization
     never, quant = load("engines")["no_int8_from"], shape.quant
-    int8 = quant and quant.integer and (quant.bits, quant.activation_bits) == (8, 8)
-    if int8 and gpu.capability >= engines.parse_capability(never):
+    if (
+        quant
+        and quant.integer
+        and (quant.bits, quant.activation_bits) == (8, 8)
+        and gpu.capability >= engines.parse_capability(never)
+    ):
         return (
             f"{method} weights with 8-bit integers and activations run below compute capability {never}, the GPU has "
             f"{engines.show(gpu.capability)}: take weights in FP8 or 4 bits"
@@ -341,29 +344,6 @@ def _cache_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:
         whose = f"heads of {beyond}" if beyond else f"the attention of {shape.outer_type}"
         return f"{asked} for {whose} needs compute capability {table['fp8_from']} in {release}, {has}"
     return None
-
-
-def _fallback_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:
-    """What makes a release with both cores leave its V1 core on a GPU that gets it, for one that is not counted there; or None."""
-    if engine.v0_below is None or engine.core(gpu.capability) == "V0":
-        return None
-    table, cache, encodes = load("engines")["v0_fallback"], service.kv_cache_dtype, not service.shape.has_kv_cache
-
-    def lacks(name: str) -> bool:
-        return not engines.at_least(engine.version, table[name])
-
-    majors = engines.by_release(table["cache_majors"], engine.version)
-    reasons = {
-        f"kv_cache_dtype {cache}": cache != "auto" and not (cache.startswith("fp8") and gpu.capability[0] in majors),
-        f"task {service.task}": service.task != "generate" and lacks("encoders" if encodes else "pooling"),
-        "dtype float32": dtype_for(service, gpu) == "float32" and lacks("float32"),
-        "layers with a state": service.shape.states > 0 and lacks("states"),
-    }
-    reason = next((text for text, falls in reasons.items() if falls), None)
-    return reason and (
-        f"vLLM {engine.version} goes back to its V0 core for {reason}, which is not counted on compute capability "
-        f"{engines.show(gpu.capability)}: take another release"
-    )
 
 
 def _undividable(service: Service, engine: Engine, gpu: Gpu) -> str | None:

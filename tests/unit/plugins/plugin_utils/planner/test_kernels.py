@@ -35,16 +35,20 @@ GPT_OSS = {
     "num_local_experts": 32, "quantization_config": {"quant_method": "mxfp4"}, "sliding_window": 128,
     "tie_word_embeddings": False, "vocab_size": 201088, "torch_dtype": "bfloat16",
 }  # fmt: skip
-GEMMA3_PART: dict[str, Any] = {
-    "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504, "model_type": "gemma3_text",
-    "num_attention_heads": 32, "num_hidden_layers": 62, "num_key_value_heads": 16, "sliding_window": 1024,
-}  # fmt: skip
 GEMMA3 = {
     "architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "torch_dtype": "bfloat16",
-    "text_config": GEMMA3_PART,
+    "text_config": {
+        "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504, "model_type": "gemma3_text",
+        "num_attention_heads": 32, "num_hidden_layers": 62, "num_key_value_heads": 16, "sliding_window": 1024,
+    },
     "vision_config": {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27},
 }  # fmt: skip
-GEMMA3_TEXT = {**GEMMA3_PART, "architectures": ["Gemma3ForCausalLM"], "vocab_size": 262144, "torch_dtype": "bfloat16"}
+GEMMA3_TEXT = {
+    **GEMMA3["text_config"],
+    "architectures": ["Gemma3ForCausalLM"],
+    "vocab_size": 262144,
+    "torch_dtype": "bfloat16",
+}  # type: ignore[dict-item]
 
 
 def one(there: str, config: dict[str, Any], **service: Any) -> dict[str, Any]:
@@ -160,27 +164,3 @@ def test_mxfp4_runs_with_bfloat16_only() -> None:
     row = one("1x L40S", GPT_OSS, dtype="half")
     assert row["problems"] == ["mxfp4 weights run with dtype bfloat16 only, not float16: leave dtype out"]
     assert one("1x L40S", GPT_OSS, dtype="bfloat16")["fits"]
-
-
-@pytest.mark.parametrize(
-    ("gpus", "version", "service", "told"),
-    [
-        ("1x A100", "0.8.5.post1", {"kv_cache_dtype": "fp8"}, "kv_cache_dtype fp8"),
-        ("2x A10", "0.10.1.1", {"kv_cache_dtype": "fp8"}, "kv_cache_dtype fp8"),
-        ("1x A100", "0.8.5.post1", {"task": "embed"}, "task embed"),
-        ("1x A100", "0.8.5.post1", {"dtype": "float32"}, "dtype float32"),
-        ("1x H100", "0.8.5.post1", {"kv_cache_dtype": "fp8"}, None),
-        ("1x A100", "0.9.2", {"task": "embed"}, None),
-        ("1x A100", "0.10.2", {"dtype": "float32"}, None),
-        ("1x V100-32GB", "0.8.5.post1", {"task": "embed"}, None),
-    ],
-)  # fmt: skip
-def test_a_release_that_leaves_its_v1_core_is_refused(
-    gpus: str, version: str, service: dict[str, Any], told: str | None
-) -> None:
-    row = one(gpus, DENSE, engine_version=version, max_model_len=4096, **service)
-    assert row["fits"] is (told is None)
-    if told:
-        assert f"vLLM {version} goes back to its V0 core for {told}, which is not counted" in row["problems"][0]
-        assert row["problems"][1] == "engine_version 0.25.1 can"
-        assert one(gpus, DENSE, max_model_len=4096, **service)["engine_version"] == "0.25.1"
