@@ -320,8 +320,7 @@ def splits_above(version: str) -> int:
 
 def newest_python(version: str) -> str:
     """Newest minor release of Python, such as 3.12, that a release of vLLM for CUDA can be installed for."""
-    rows = {since: python for since, python in load("engines")["newest_python"].items() if at_least(version, since)}
-    newest: str = rows[max(rows, key=version_key)]
+    newest: str = by_release(load("engines")["newest_python"], version)
     return newest
 
 

@@ -236,13 +236,19 @@ def test_a_new_revision_takes_what_is_the_same(hub: Hub, job: Any, tmp_path: Pat
     assert status["hub_bytes"] <= SIZE + 200
 
 
-def test_old_revisions_go_by_choice(hub: Hub, job: Any, tmp_path: Path) -> None:
+def revisions(hub: Hub, job: Any, folder: Path, number: int) -> list[Any]:
+    """As many revisions of a model, fetched one after the other."""
     jobs = []
-    for seed in range(4):
-        hub.add(REPO, write(tmp_path / f"v{seed}", seed=seed))
+    for seed in range(number):
+        hub.add(REPO, write(folder / f"v{seed}", seed=seed))
         jobs.append({**job, "model": model_jobs.read_model(REPO, hub.url, job["model"]["source"])})
         model_jobs.run(jobs[-1])
         os.utime(final(jobs[-1]) / model_store.STAMP, (seed, seed))
+    return jobs
+
+
+def test_old_revisions_go_by_choice(hub: Hub, job: Any, tmp_path: Path) -> None:
+    jobs = revisions(hub, job, tmp_path, 4)
     foreign = tmp_path / "models" / REPO / "mine"
     foreign.mkdir()
     model_jobs.run({**jobs[-1], "keep_revisions": 1, "in_use": [str(final(jobs[0]))]})
@@ -252,11 +258,7 @@ def test_old_revisions_go_by_choice(hub: Hub, job: Any, tmp_path: Path) -> None:
 
 def test_revisions_that_services_run_with_stay(hub: Hub, job: Any, tmp_path: Path) -> None:
     """Whatever the new plan is: until it runs, and if it does not start, they are what there is."""
-    jobs = []
-    for seed in range(5):
-        hub.add(REPO, write(tmp_path / f"v{seed}", seed=seed))
-        jobs.append({**job, "model": model_jobs.read_model(REPO, hub.url, job["model"]["source"])})
-        model_jobs.run(jobs[-1])
+    jobs = revisions(hub, job, tmp_path, 5)
     for script, used in {"one/start.sh": jobs[0], "two/good/serve.sh": jobs[1]}.items():
         path = tmp_path / "etc" / script
         path.parent.mkdir(parents=True)
