@@ -28,7 +28,8 @@ options:
   settings:
     description:
       - C(root), C(config_dir), C(state_dir), C(log_dir), C(user), C(bind), C(start_timeout), C(drain_timeout), C(open_paths),
-        C(python) (an existing environment, or empty), C(manager), C(supervisor_dir) and C(supervisorctl) of the role.
+        C(python) (an existing environment, or empty), C(host_python) (Ansible's own), C(manager), C(supervisor_dir) and
+        C(supervisorctl) of the role.
       - C(container), with C(mirror), C(images), C(gpus), C(shm_size), C(nofile), C(log_options) and C(options).
       - C(gpu), the host's fact of that name, and C(architecture), as Ansible names it.
       - For services over several hosts also C(hosts) (names in the order of the inventory), C(network) (address and
@@ -73,19 +74,25 @@ STOP_MARGIN_S = 30
 SNAPSHOT = re.compile(r"(.*/models--[^/]+)/snapshots/.+")
 # Their values look like paths of files and are none.
 NO_FILES = ("--served-model-name", "--root-path", "--disable-access-log-for-endpoints")
+# Starts wait for each other through it.
+TURN = "baremetal_turn.py"
 # Memory that a server's start takes beyond what was planned for it.
 ROOM_SLACK = 1.05
 
 
-def _visible(gpus: list[int], uuids: list[str]) -> dict[str, str]:
-    """Environment that shows a server its own GPUs and no others. Slices have no index;
-    not every release reads UUIDs."""
-    if not gpus:
+def _places(plan: dict[str, Any], host: str) -> list[str]:
+    """A server's GPUs by index, since not every release reads UUIDs, or its slices by UUID, since they have no index."""
+    slices = [uuid for uuid in plan["gpu_uuids"].get(host, []) if uuid.startswith("MIG-")]
+    return slices or [str(gpu) for gpu in plan["gpus"].get(host, [])]
+
+
+def _visible(places: list[str]) -> dict[str, str]:
+    """Environment that shows a server its own GPUs and no others."""
+    if not places:
         return {}
-    slices = [uuid for uuid in uuids if uuid.startswith("MIG-")]
     return {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the order in which nvidia-smi, and so the plan, counts
-        "CUDA_VISIBLE_DEVICES": ",".join(slices or map(str, gpus)),
+        "CUDA_VISIBLE_DEVICES": ",".join(places),
     }
 
 
@@ -132,6 +139,20 @@ def _room(plan: dict[str, Any], host: str, device: str, facts: dict[str, Any]) -
     return bool(mine) and all(
         gpu["memory_total_mib"] - gpu["memory_used_mib"] - held(gpu["uuid"]) > need for gpu in mine
     )
+
+
+def _shared(plan: dict[str, Any], host: str) -> set[str]:
+    """GPUs and slices that several servers of the host use. Those over several hosts are left out: two of them could wait
+    for each other, each on another host."""
+    seen: set[str] = set()
+    found: set[str] = set()
+    for planned in plan["services"]:
+        for instance in planned["instances"]:
+            if instance["hosts"] == [host]:
+                mine = set(_places(instance, host))
+                found |= seen & mine
+                seen |= mine
+    return found
 
 
 def _files(value: Any) -> list[str]:
@@ -217,7 +238,7 @@ def _container(
 
 def _run_options(svc: dict[str, Any], parts: dict[str, list[str]], stop: int) -> list[str]:
     """Arguments of C(docker run) up to the image, without the user."""
-    health = f"from urllib import request; request.build_opener().open('{svc['root_url']}/health', timeout=9)"
+    health = f"from urllib import request; request.build_opener(request.ProxyHandler({{}})).open('{svc['root_url']}/health', timeout=9)"
     return [
         f"--name={svc['unit']}",
         f"--label=baremetal.vllm.service={svc['name']}",
@@ -245,6 +266,7 @@ def _service(
     row: dict[str, Any],
     user: dict[str, Any],
     settings: dict[str, Any],
+    shared: set[str],
     stand_by: bool = False,
 ) -> dict[str, Any]:
     """One server; with C(stand_by) the one that serves on the same port while the server itself is restarted."""
@@ -278,10 +300,12 @@ def _service(
                 "PYTHONPYCACHEPREFIX": f"{cache_dir}/pycache",
             }
             if container
-            else _visible(plan["gpus"].get(host, []), plan["gpu_uuids"].get(host, []))
+            else _visible(_places(plan, host))
         ),
         **plan["env"],
     }
+    # The guard and the start lie there.
+    environment["PYTHONPATH"] = ":".join(dict.fromkeys([lib, *filter(None, str(environment["PYTHONPATH"]).split(":"))]))
     unit_file = f"/etc/systemd/system/{unit}.service" if systemd else f"{settings['supervisor_dir']}/conf.d/{unit}.conf"
     endpoint_files = [f"{config_dir}/endpoint.json", *([user["endpoint_file"]] if user.get("endpoint_file") else [])]
     args = plan["args"]
@@ -291,6 +315,10 @@ def _service(
 
     drain = engines.option(version, "--shutdown-timeout", settings["drain_timeout"])
     scripts = ["env", "serve.sh", "start.sh"] if container else ["env", "start.sh"]
+    start_timeout = user.get("start_timeout", settings["start_timeout"])
+    places = [] if len(plan["hosts"]) > 1 else [place for place in _places(plan, host) if place in shared]
+    # On the host, where all of its servers see each other.
+    turn = [settings["host_python"] if container else python, f"{lib}/{TURN}", f"{root_url}/health", str(start_timeout)]
     svc: dict[str, Any] = {
         "name": name,
         "unit": unit,
@@ -336,7 +364,8 @@ def _service(
         "command": [python, *SERVER, *args, *drain, "--host", bind, "--middleware", "baremetal_guard.PathGuard"],
         # ansible-core before 2.19 makes text of a template's number.
         "stop_timeout": int(settings["drain_timeout"]) + STOP_MARGIN_S,
-        "start_timeout": user.get("start_timeout", settings["start_timeout"]),
+        "start_timeout": start_timeout,
+        "turn": [*turn, *places] if places else [],  # what waits until no other server starts on its GPUs
         "span": None,  # multi_host.py fills these for a service over several hosts
         "headless": False,
         "room": _room(plan, host, device, settings["gpu"]),
@@ -366,7 +395,7 @@ def _service(
         svc["container"] = _container(svc, plan, host, lib, user.get("model_path", ""), settings)
         svc["run_options"] = _run_options(svc, svc["container"], svc["stop_timeout"])
     if not stand_by:
-        svc["standby"] = _service(plan, host, row, user, settings, stand_by=True)
+        svc["standby"] = _service(plan, host, row, user, settings, shared, stand_by=True)
     return svc
 
 
@@ -377,11 +406,11 @@ def host_services(
 
     users = {service["name"]: service for service in services}
     spanning = {span["service"]: span for span in spans(plan, settings.get("hosts") or []) if host in span["hosts"]}
-    found = []
+    shared, found = _shared(plan, host), []
     for planned in plan["services"]:
         for instance in planned["instances"]:
             if host in instance["hosts"]:
-                service = _service(instance, host, planned, users[planned["name"]], settings)
+                service = _service(instance, host, planned, users[planned["name"]], settings, shared)
                 if len(instance["hosts"]) > 1:
                     # A server over several hosts has no second one to stand by for it.
                     service["room"] = False

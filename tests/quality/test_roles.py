@@ -176,6 +176,12 @@ def unread(root: Path) -> list[str]:
     return sorted(judged - read)
 
 
+def test_what_a_site_sets_for_all_of_ansible_restarts_no_server() -> None:
+    """A site's ansible_managed may hold a time or a user's name: files would differ at each run."""
+    found = [path for path in (ROOT / "roles").rglob("*") if path.is_file() and "ansible_managed" in path.read_text()]
+    assert not found
+
+
 def test_no_dead_variables() -> None:
     assert unread(ROOT) == []
 

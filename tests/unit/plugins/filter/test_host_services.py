@@ -10,6 +10,7 @@ from ansible.errors import AnsibleFilterError
 from ansible_collections.baremetal.vllm.plugins.filter.host_services import host_services, image_reference
 from ansible_collections.baremetal.vllm.plugins.filter.vllm_plan import vllm_plan
 from ansible_collections.baremetal.vllm.plugins.module_utils import random_llama
+from ansible_collections.baremetal.vllm.plugins.plugin_utils import multi_host
 
 SETTINGS = {
     "root": "/opt/vllm",
@@ -33,6 +34,7 @@ SETTINGS = {
     },
     "open_paths": ["/health", "/metrics"],
     "python": "",
+    "host_python": "/usr/bin/python3",
     "manager": "systemd",
     "supervisor_dir": "/opt/vllm/supervisor",
     "supervisorctl": ["/opt/vllm/tools/bin/supervisorctl", "--configuration=/x"],
@@ -197,11 +199,45 @@ def test_a_server_sees_its_own_gpus_and_no_others() -> None:
 
 
 def test_slices_are_named_by_their_uuid() -> None:
-    plan = vllm_plan([service(hosts=["one"])], HOSTS)
-    (instance,) = plan["services"][0]["instances"]
-    instance.update(gpus={"one": [0]}, gpu_uuids={"one": ["MIG-7", "MIG-8"]})
-    (svc,) = host_services(plan, "one", [service()], SETTINGS)
+    asked = [service(hosts=["one"]), service(name="other", hosts=["one"], port=8001)]
+    plan = vllm_plan(asked, HOSTS)
+    for planned in plan["services"]:
+        planned["instances"][0].update(gpus={"one": [0]}, gpu_uuids={"one": ["MIG-7", "MIG-8"]})
+    (svc, _) = host_services(plan, "one", asked, SETTINGS)
     assert svc["env"]["CUDA_VISIBLE_DEVICES"] == "MIG-7,MIG-8"
+    assert svc["turn"][4:] == ["MIG-7", "MIG-8"]
+
+
+@pytest.mark.parametrize(("runtime", "python"), [("venv", "/opt/vllm/venvs/cuda-"), ("container", "/usr/bin/python3")])
+def test_servers_that_share_gpus_start_one_after_the_other(runtime: str, python: str) -> None:
+    half = {"gpu_memory_utilization": 0.3, "runtime": runtime}
+    asked = [
+        service(name="a", gpus=[0, 1], tensor_parallel_size=2, start_timeout=1200, **half),
+        service(name="b", gpus=[1], port=8001, **half),
+        service(name="alone", gpus=[2], port=8002, runtime=runtime),
+    ]
+    found = {svc["name"]: svc for svc in host_services(vllm_plan(asked, [GPU_HOST]), "one", asked, SETTINGS)}
+    words = ["/opt/vllm/lib/baremetal_turn.py", "http://127.0.0.1:8000/health", "1200", "1"]
+    assert found["a"]["turn"][0].startswith(python) and found["a"]["turn"][1:] == words
+    assert found["a"]["standby"]["turn"] == found["a"]["turn"], "it loads beside the other one as well"
+    assert found["b"]["turn"][2:] == ["http://127.0.0.1:8001/health", "900", "1"]
+    assert found["alone"]["turn"] == []
+
+
+def test_servers_over_several_hosts_wait_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them could wait for each other, each on another host."""
+    asked = [service(hosts=["one"]), service(name="b", hosts=["one"], port=8001)]
+    plan = vllm_plan(asked, HOSTS)
+    for planned, hosts in zip(plan["services"], (["one"], ["one", "two"]), strict=True):
+        planned["instances"][0].update(hosts=hosts, gpus={host: [0] for host in hosts})
+    monkeypatch.setattr(multi_host, "spans", lambda *_: [{"service": "b", "hosts": ["one", "two"]}])
+    monkeypatch.setattr(multi_host, "spread", lambda one, *_: one)
+    assert [svc["turn"] for svc in host_services(plan, "one", asked, SETTINGS)] == [[], []]
+
+
+def test_a_services_own_modules_are_found_beside_the_roles() -> None:
+    (svc,) = here("one", service(hosts=["one"], env={"PYTHONPATH": "/srv/plugins:/opt/vllm/lib"}))
+    assert svc["env"]["PYTHONPATH"] == "/opt/vllm/lib:/srv/plugins"
 
 
 def test_what_is_told() -> None:

@@ -34,7 +34,7 @@ WANTED = {"cloud-init.service": "multi-user.target", "nftables.service": "sysini
 
 def unit(folder: Path) -> str:
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(TEMPLATE.read_text()).render(ansible_managed="managed", vllm_config_dir=str(folder))
+    return environment.from_string(TEMPLATE.read_text()).render(vllm_config_dir=str(folder))
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="there is no systemd-analyze")

@@ -24,7 +24,7 @@ LIMIT = 3
 class Supervisor:
     def __init__(self, bin_: Path, folder: Path, render: Callable[..., Any]) -> None:
         self.bin, self.folder, self.render = bin_, folder, render
-        self.variables = {"ansible_managed": "x", "__vllm_supervisor_dir": str(folder), "vllm_log_dir": str(folder)}
+        self.variables = {"__vllm_supervisor_dir": str(folder), "vllm_log_dir": str(folder)}
         (folder / "conf.d").mkdir()
         (folder / "lib").mkdir()
         shutil.copy(ROOT / "roles/vllm/files/baremetal_supervised.sh", folder / "lib")

@@ -15,7 +15,7 @@ import pytest
 ROLES = Path(__file__).parents[4] / "roles"
 SERVICE: dict[str, Any] = {
     "name": "chat", "served_model_name": "m", "runtime": "venv", "config_dir": "/etc/vllm/chat", "inside": "",
-    "state_dir": "/var/lib/vllm/chat", "unit": "vllm-chat", "stop_timeout": 60, "span": None,
+    "state_dir": "/var/lib/vllm/chat", "unit": "vllm-chat", "stop_timeout": 60, "span": None, "turn": [],
 }  # fmt: skip
 
 
@@ -23,7 +23,7 @@ def rendered(template: str, **values: Any) -> str:
     environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     environment.filters["quote"] = shlex.quote
     text = (ROLES / template).read_text()
-    return environment.from_string(text).render(ansible_managed="managed", **values)
+    return environment.from_string(text).render(**values)
 
 
 def unit(**fields: Any) -> list[str]:
@@ -32,12 +32,9 @@ def unit(**fields: Any) -> list[str]:
 
 
 def test_a_server_on_ray_is_started_after_its_node_and_stopped_before() -> None:
-    (after,) = [line for line in unit(span={"executor": "ray"}) if line.startswith("After=")]
-    assert after == "After=network-online.target ray-chat.service"
-    (after,) = [
-        line for line in unit(span={"executor": "ray"}, runtime="container", inside="ray-chat") if "After=" in line
-    ]
-    assert after == "After=network-online.target docker.service ray-chat.service"
+    assert "After=network-online.target ray-chat.service" in unit(span={"executor": "ray"})
+    contained = unit(span={"executor": "ray"}, runtime="container", inside="ray-chat")
+    assert "After=network-online.target docker.service ray-chat.service" in contained
 
 
 @pytest.mark.parametrize("networks, limit", [([], False), (["10.0.0.0/24"], True)])
@@ -76,3 +73,18 @@ def test_a_start_ends_the_engines_that_the_last_one_left(tmp_path: Path, state: 
             assert engine.wait(5) == -9
         finally:
             engine.kill()
+
+
+def test_a_start_waits_for_its_turn_with_no_secret_in_its_environment(tmp_path: Path) -> None:
+    (tmp_path / "env").write_text("TOKEN=secret\n")
+    fields = {"state_dir": str(tmp_path), "config_dir": str(tmp_path), "headless": True, "command": ["env"]}
+    turn = ["sh", "-c", 'echo "turn of $1: ${TOKEN-nothing}"; exit 1', "sh", "GPU 0"]
+    script = rendered("vllm/templates/start.sh.j2", svc={**SERVICE, **fields, "turn": turn})
+    started = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    lines = started.stdout.splitlines()
+    assert lines[1] == "turn of GPU 0: nothing" and "TOKEN=secret" in lines, started.stderr
+
+
+def test_servers_start_after_what_brings_the_gpus() -> None:
+    for lines in (unit(), unit(runtime="container")):
+        assert any(line.startswith("After=baremetal-nvidia-check.service") for line in lines)
