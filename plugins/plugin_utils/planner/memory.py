@@ -373,7 +373,7 @@ def _kv_layout(
     """
     pages: dict[tuple[str, int, int], int] = {}
     for a in (mixer for index in layers for mixer in shape.layers[index].mixers):
-        if a.kind == "encoder":
+        if a.kind == "encoder" or a.shared:
             continue
         if a.kind == "state":
             size = int((a.state[0] * state_bytes + a.state[1] * (a.state_bytes or state_bytes)) / tp)

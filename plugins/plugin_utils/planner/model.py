@@ -64,7 +64,8 @@ class Attention:
     ``window``: tokens a sliding or chunked layer looks back. MLA: ``latent`` (kv_lora_rank), ``rope_dim``,
     ``nope_dim``, ``q_rank`` (0: q is one matrix), ``index_bytes`` of a token in the indexer's cache (sparse). State:
     ``state`` elements for one request over all heads (conv and recurrent), ``state_bytes``: bytes of a recurrent one
-    (0: as the model's others), ``projection``: elements of its matrices.
+    (0: as the model's others), ``projection``: elements of its matrices. ``shared``: it reads the KV cache of an earlier
+    layer and has none.
     """
 
     kind: str
@@ -83,6 +84,7 @@ class Attention:
     state_bytes: int = 0
     projection: int = 0
     state_heads: int = 0
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ class ModelShape:
         return sum(
             kv_page(layer.attention, tensor_parallel_size, element_bytes)
             for layer in self.layers
-            if layer.attention and layer.attention.kind not in ("encoder", "state")
+            if layer.attention and layer.attention.kind not in ("encoder", "state") and not layer.attention.shared
         )
 
 
@@ -666,17 +668,23 @@ def _layers(
     sparse, is_sparse = _experts(read, num_layers, intermediate, gated)
     kinds = _kinds(read, model_type, num_layers, notes)
     pattern = text.get("hybrid_override_pattern")
-    cache: dict[tuple[str, Mlp | None], Layer] = {}
+    # Gemma 3n and 4: the last layers read the KV cache of earlier ones, and may have an MLP of twice the width for it.
+    shared_from = num_layers - read.count("num_kv_shared_layers", default=0, low=0, high=num_layers - 1)
+    beyond = replace(dense, intermediate=2 * dense.intermediate) if read.flag("use_double_wide_mlp") else dense
+    cache: dict[tuple[str, Mlp | None, bool], Layer] = {}
     layers = []
     for index, kind in enumerate(kinds):
-        mlp: Mlp | None = sparse if sparse and is_sparse[index] else dense
+        shares = index >= shared_from
+        mlp: Mlp | None = sparse if sparse and is_sparse[index] else beyond if shares else dense
         if isinstance(pattern, str) and len(pattern) >= num_layers:
             mlp = dense if pattern[index] == "-" else (sparse if pattern[index] == "E" else None)
         if model_type in load("configs")["states"]:
             mlp = None
         both = kind == "both"
         made = Layer(attention("full" if both else kind), mlp, attention("state") if both else None)
-        layers.append(cache.setdefault((kind, mlp), made))
+        if shares and made.attention:
+            made = replace(made, attention=replace(made.attention, shared=True))
+        layers.append(cache.setdefault((kind, mlp, shares), made))
     return tuple(layers)
 
 

@@ -324,6 +324,27 @@ def test_full_layers_of_gemma_4_have_other_heads() -> None:
     assert heads(parse_config({**GEMMA4_31B, "text_config": own}), "full") == (32, 16, 512, 512, 0)
 
 
+def test_the_last_layers_of_small_gemma_4_have_no_kv_cache_of_their_own() -> None:
+    """E2B: layers 15 to 34 read that of layers 13 and 14 (vLLM's gemma4.py), and are twice as wide."""
+    text = {
+        **GEMMA4_31B["text_config"], "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 35,
+        "num_attention_heads": 8, "num_key_value_heads": 1, "attention_k_eq_v": False, "num_kv_shared_layers": 20,
+        "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7, "sliding_window": 512,
+        "use_double_wide_mlp": True,
+    }  # type: ignore[dict-item] # fmt: skip
+    shape = parse_config({**GEMMA4_31B, "text_config": text})
+    assert [bool(layer.attention and layer.attention.shared) for layer in shape.layers] == [False] * 15 + [True] * 20
+    assert shape.kv_bytes_per_token() == 12 * 2 * 256 * 2 + 3 * 2 * 512 * 2
+    assert [layer.mlp.intermediate for layer in shape.layers if layer.mlp] == [6144] * 15 + [12288] * 20
+    own = parse_config({**GEMMA4_31B, "text_config": {**text, "num_kv_shared_layers": 0}})
+    assert own.kv_bytes_per_token() == 28 * 2 * 256 * 2 + 7 * 2 * 512 * 2
+    needs = [
+        engine_memory(each, gpu_memory_total_mib=24576, gpu_memory_utilization=0.9, max_model_len=32768).kv_needed_gib
+        for each in (shape, own)
+    ]
+    assert needs[0] < 0.5 * needs[1]
+
+
 def refusal(there: str, raw: dict[str, Any], **service: Any) -> str:
     services = [{"name": "a", "model": "some/model", "config": raw, "trust_remote_code": True, **service}]
     return " ".join(make_plan(services, hosts_from_text(there))["services"][0]["problems"])
