@@ -4,7 +4,7 @@
 
     tests/run.py [STAGE...]     without an argument all but `vm`, which needs QEMU
 
-One lane is the gates that only compute, the other those that start servers and containers, and mostly wait for them.
+The lanes take about as long as each other: each has gates that only compute, and gates that mostly wait for what they start.
 A gate that fails does not stop the ones behind it. What a gate prints goes to .cache/test-logs/STAGE-GATE.log; of one
 that fails, the end is shown here too. The exit status is 1 if anything failed and 2 for a stage that does not exist.
 """
@@ -78,7 +78,7 @@ STAGES: dict[str, list[Gate]] = {
 }
 ON_DEMAND = {"vm"}
 # Stages of a lane run one after the other.
-LANES = (("lint", "unit", "quality", "vm"), ("molecule", "integration"))
+LANES = (("lint", "unit", "quality", "integration"), ("molecule", "vm"))
 _running: set[subprocess.Popen[bytes]] = set()
 _printing, _stopping = threading.Lock(), threading.Event()
 
