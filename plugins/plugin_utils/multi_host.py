@@ -262,6 +262,9 @@ def spread(
         service = {**service, "venv": venv, "python": python, "told": told}
         service["command"] = [python, *service["command"][1:]]
     python = service["python"]
+    # Commands that print what a boot may change: an interface gets another name, and keeps its address.
+    look = [python, f"{lib}/baremetal_interface.py", addresses[host], interface]
+    details["found_at_start"] = {name: look for name, value in here.items() if env[name] == value == interface}
     service = {**service, "run_python": [python]}
     if span["executor"] == "ray":
         if contained:

@@ -73,6 +73,17 @@ def test_each_host_has_its_own_address_and_interface() -> None:
         assert env["GLOO_SOCKET_IFNAME"] == env["NCCL_SOCKET_IFNAME"] == place["interface"]
 
 
+def test_an_interface_is_looked_for_by_its_address_at_each_start() -> None:
+    """A boot may name it anew. What the user set is left as it is."""
+    place = PLACES["two"]
+    for asked, there in ((CPU_SERVICE, HOSTS), (RAY_SERVICE, gpu_hosts(3))):
+        svc = on("two", asked, there)
+        words = [svc["python"], "/opt/vllm/lib/baremetal_interface.py", place["address"], place["interface"]]
+        assert svc["span"]["found_at_start"] == {"GLOO_SOCKET_IFNAME": words, "NCCL_SOCKET_IFNAME": words}
+    svc = on("two", {**CPU_SERVICE, "env": {"NCCL_SOCKET_IFNAME": "ib0"}}, HOSTS)
+    assert list(svc["span"]["found_at_start"]) == ["GLOO_SOCKET_IFNAME"]
+
+
 def test_ranks_follow_the_inventory() -> None:
     head = on("two", CPU_SERVICE, HOSTS, order=["two", "one"])
     assert not head["headless"]

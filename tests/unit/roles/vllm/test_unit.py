@@ -88,3 +88,23 @@ def test_a_start_waits_for_its_turn_with_no_secret_in_its_environment(tmp_path: 
 def test_servers_start_after_what_brings_the_gpus() -> None:
     for lines in (unit(), unit(runtime="container")):
         assert any(line.startswith("After=baremetal-nvidia-check.service") for line in lines)
+
+
+def test_what_a_boot_may_change_is_found_at_each_start() -> None:
+    words = [sys.executable, str(ROLES / "vllm/files/baremetal_interface.py"), "127.0.0.1", "eth7"]
+    svc = {**SERVICE, "env": {"GLOO_SOCKET_IFNAME": "eth7"}, "span": {"found_at_start": {"GLOO_SOCKET_IFNAME": words}}}
+    script = f"set -a\n{rendered('vllm/templates/env.j2', svc=svc)}\nenv"
+    started = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
+    assert "GLOO_SOCKET_IFNAME=lo" in started.stdout.splitlines()
+    svc["span"] = None
+    assert rendered("vllm/templates/env.j2", svc=svc).splitlines()[1:] == ["GLOO_SOCKET_IFNAME=eth7"]
+
+
+@pytest.mark.parametrize("asked, name", [("eth7", "lo"), ("ib0", "ib0")])
+def test_a_ray_node_finds_its_interface_too(asked: str, name: str) -> None:
+    words = [sys.executable, str(ROLES / "vllm/files/baremetal_interface.py"), "127.0.0.1", "eth7"]
+    env = {"NCCL_SOCKET_IFNAME": asked}
+    text = rendered("ray_cluster/templates/env.j2", __ray_cluster_env=env, __ray_cluster_interface_words=words)
+    started = subprocess.run(["sh", "-c", f"set -a\n{text}\nenv"], capture_output=True, text=True, check=True)
+    assert f"NCCL_SOCKET_IFNAME={name}" in started.stdout.splitlines()
+    assert "GLOO_SOCKET_IFNAME" not in started.stdout
