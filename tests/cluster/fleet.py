@@ -116,8 +116,9 @@ class Fleet:
         )
         key = self.folder / "key"
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
-        for third, network in ((0, f"{self.name}-manage"), (1, self.fabric)):
-            docker("network", "create", "--subnet", f"10.{self.number}.{third}.0/24", network)
+        # The way out is that of the first alone: else Docker may take the other one's for it, which goes with its cable.
+        for third, network, *inside in ((0, f"{self.name}-manage"), (1, self.fabric, "--internal")):
+            docker("network", "create", *inside, "--subnet", f"10.{self.number}.{third}.0/24", network)
         # Below Docker's own group all hosts together would get the processor time of one process outside.
         driver = docker("info", "--format", "{{.CgroupDriver}}")
         group = ["--cgroup-parent", "/"] if driver == "cgroupfs" else []
