@@ -3,7 +3,7 @@
 """Brings up four services on this machine's GPUs with `ansible-playbook site.yml`, and compares plan and reality.
 
     pip download --dest wheels --no-deps supervisor==4.3.0     # before, for a machine without a network
-    tests/device/serve.py VLLM_PYTHON OUT.json [--wheels wheels] [--python PYTHON] [--ansible PLAYBOOK] [--keep]
+    tests/device/serve.py VLLM_PYTHON OUT.json [--wheels wheels] [--python PYTHON] [--ansible PLAYBOOK] [--keep] [--boot]
 
 VLLM_PYTHON is the interpreter of an environment that holds vLLM; nothing is installed, no network, Docker or systemd is
 needed. Weights are dummies (--load-format dummy) behind the real models' config.json; files of the real size take no
@@ -11,7 +11,8 @@ disk. Services: a 7B as two replicas of TP 1, a 32B on TP 2, a mixture of expert
 more (which they share where there are two). With one GPU the 7B (TP 1), a second one, the mixture and the embedding model run.
 
 Runs site.yml twice (the second must change nothing), changes one service, sees that only that one restarted, and tears
-down. Prints a line for each service, writes all of it to OUT.json, and exits with 1 if something did not hold.
+down. With --boot it also starts all of them at once, as after a boot, and compares the KV caches that they get. Prints a
+line for each service, writes all of it to OUT.json, and exits with 1 if something did not hold.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.tables impo
 
 # Measured KV tokens may be this much off the plan (docs/performance.md has the planner's own bounds).
 BOUND = 0.10
+BOOT_S = 900
 # What this machine sets for its links, and where compiled kernels lie, holds for the servers, too.
 LINKS = ("NCCL_", "NVSHMEM_", "TORCH_SYMM_", "FLASHINFER_")
 RECAP = re.compile(r"^here\s*:.*?changed=(\d+).*?failed=(\d+)", re.M)
@@ -124,10 +127,42 @@ class Play:
         files = sorted(self.data.glob("config/*/measured.json"))
         return {path.parent.name: json.loads(path.read_text()) for path in files}
 
-    def pid(self, name: str) -> str:
-        control = [self.data / "tools/bin/supervisorctl", f"--configuration={self.data}/supervisor/supervisord.conf"]
-        done = subprocess.run([*map(str, control), "pid", f"vllm-{name}"], capture_output=True, text=True, check=False)
+    def control(self, *words: str) -> str:
+        program = [self.data / "tools/bin/supervisorctl", f"--configuration={self.data}/supervisor/supervisord.conf"]
+        done = subprocess.run([*map(str, program), *words], capture_output=True, text=True, check=False)
         return done.stdout.strip()
+
+    def pid(self, name: str) -> str:
+        return self.control("pid", f"vllm-{name}")
+
+    def boot(self, names: list[str]) -> tuple[dict[str, int], float]:
+        """KV tokens of each service, and seconds until all answered, when all were started at once."""
+        urls = {
+            name: json.loads((self.data / "config" / name / "endpoint.json").read_text())["base_url"] for name in names
+        }
+        self.control("stop", "all")
+        start = time.monotonic()
+        self.control("start", "all")
+        while waiting := [name for name in names if not answers(urls[name].removesuffix("/v1") + "/health")]:
+            if time.monotonic() - start > BOOT_S:
+                sys.exit(f"serve: {', '.join(waiting)} did not answer {BOOT_S} s after all were started")
+            time.sleep(1)
+        found = {}
+        for name in names:
+            last = (self.data / "log" / f"{name}.log").read_text().rpartition("baremetal: start of ")[2]
+            sizes = re.findall(r"GPU KV cache size: ([\d,]+) tokens", last)
+            found[name] = min(
+                (int(size.replace(",", "")) for size in sizes), default=0
+            )  # of replicas, as the role does
+        return found, time.monotonic() - start
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 def compare(seen: dict[str, dict[str, Any]], failures: list[str]) -> list[dict[str, Any]]:
@@ -155,6 +190,7 @@ def main() -> None:
     parser.add_argument("--python", help="interpreter to make the supervisor's environment with, if not VLLM_PYTHON")
     parser.add_argument("--wheels", type=Path, help="folder with supervisor's wheel, for a machine without a network")
     parser.add_argument("--keep", action="store_true", help="leave the services running")
+    parser.add_argument("--boot", action="store_true", help="at the end, start all services at once")
     options = parser.parse_args()
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     smi = subprocess.run(query, capture_output=True, text=True, check=False)
@@ -186,12 +222,20 @@ def main() -> None:
             if restarted != [entries[-1]["name"]]:
                 failures.append(f"a change of {entries[-1]['name']} restarted {', '.join(restarted) or 'nothing'}")
             stood_by = "answered all the time" in output
+            boot: dict[str, int] = {}
+            if options.boot:
+                boot, seconds = play.boot([entry["name"] for entry in entries])
+                print(f"serve: all started at once, and answered after {seconds:.0f} s: KV tokens {boot}")
+                for name, row in play.measured().items():
+                    tokens = row["measured"].get("kv_cache_tokens", 0)
+                    if tokens and not -BOUND <= boot[name] / tokens - 1 <= BOUND:
+                        failures.append(f"{name}: {boot[name]} KV tokens when all started at once, {tokens} alone")
         finally:
             rows = compare(play.measured(), failures)
             if not options.keep:
                 play.run("playbooks/teardown.yml", ok=False)
         told = {"gpus": gpus, "first_s": first, "second_s": second, "change_s": third, "stood_by": stood_by,
-                "services": rows, "failures": failures}  # fmt: skip
+                "services": rows, "boot": boot, "failures": failures}  # fmt: skip
         options.out.write_text(json.dumps(told, indent=1) + "\n")
     print(f"serve: first run {first:.0f} s, second {second:.0f} s (changed={changed}), change of one {third:.0f} s"
           f"{', another server stood by' if stood_by else ''}")  # fmt: skip
