@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import pwd
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -260,7 +259,9 @@ FORMER, LATTER = "daemon", "nobody"  # users that every distribution has
 
 def owners(host: Host) -> dict[str, str]:
     paths = [
-        path for path in [*host.config.rglob("*"), *(host.folder / "home").rglob("*")] if host.good not in path.parents
+        path
+        for path in [host.config, *host.config.rglob("*"), *(host.folder / "home").rglob("*")]
+        if host.good not in path.parents
     ]
     return {str(path.relative_to(host.folder)): pwd.getpwuid(path.lstat().st_uid).pw_name for path in paths}
 
@@ -272,7 +273,7 @@ def former(host: Host) -> dict[str, str]:
     for folder in (cache, home / ".triton", home / "other"):
         folder.mkdir(parents=True)
     host.write(host.good, OLD["venv"])
-    host.write(host.config, {**OLD["venv"], "starts": "1\n"})
+    host.write(host.config, {**OLD["venv"], "cluster_token": "1\n"})
     for path in (
         cache / "kernel",
         home / ".triton/kernel",
@@ -282,10 +283,10 @@ def former(host: Host) -> dict[str, str]:
     ):
         path.touch()
     (cache / "link").symlink_to(host.folder / "models")
-    everything = [*host.config.rglob("*"), home, *home.rglob("*"), host.folder / "models"]
+    everything = [host.config, *host.config.rglob("*"), home, *home.rglob("*"), host.folder / "models"]
     for path in everything:
         if path.name not in ("good", "roots", "plan.json"):
-            shutil.chown(path, FORMER, follow_symlinks=False)
+            os.lchown(path, pwd.getpwnam(FORMER).pw_uid, -1)
     return owners(host)
 
 
@@ -298,6 +299,7 @@ def of_another_user(host: Host) -> str:
         host,
         room=True,
         vllm_user=LATTER,
+        __vllm_given_key="",
         __vllm_run_files=files,
         __vllm_probe={"fingerprints": fingerprints, "users": [LATTER]},
     )

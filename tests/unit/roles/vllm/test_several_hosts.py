@@ -85,7 +85,7 @@ class Hosts:
                 "python": str(self.folder / "python"), "run_python": [str(self.folder / "python")], "node_networks": [],
                 "kept_home": [], "config_dir": str(config), "state_dir": str(self.folder / host / name), "watched": [],
                 "unit_file": str(self.folder / host / f"{name}.conf"), "api_key_file": str(config / "api_key"),
-                "endpoint_files": [str(config / "endpoint.json")], "root_url": self.url, "model_path": "", "port": 8000,
+                "endpoint_files": [str(config / "endpoint.json")], "root_url": self.url, "model_path": "/models/m", "port": 8000,
             })  # fmt: skip
 
     def names(self) -> list[str]:
@@ -175,6 +175,7 @@ def test_ray_beside_another_service(hosts: Hosts) -> None:
     assert together(output, "chat") == {("one", "two"), ("one",)}  # the server runs on the first host alone
     assert output.count("included: baremetal.vllm.ray_cluster for ") == 1
     assert "two update vllm-chat" not in hosts.log.read_text()
+    assert (hosts.folder / "two/config/chat/vllm/model_path").read_text() == "/models/m\n"
 
 
 def test_a_worker_of_ray_keeps_no_record_of_its_time_before(hosts: Hosts) -> None:
