@@ -46,15 +46,23 @@ from ansible_collections.baremetal.vllm.plugins.filter.plan_running import CPU_C
 Places = dict[tuple[str, Any], float]
 
 
+def _number(value: Any) -> float:
+    """Of what a user has written into env, too."""
+    try:
+        return float(value or 0)
+    except ValueError:
+        return 0
+
+
 def _places(how: Mapping[str, Any], gpus: Mapping[str, list[Any]]) -> Places:
     """(host, GPU) -> its share; of a server on the CPU (host, nothing) -> GiB of its cache."""
-    share, cache = how.get("gpu_memory_utilization") or 0, (how.get("env") or {}).get(CPU_CACHE) or 0
+    share, cache = _number(how.get("gpu_memory_utilization")), _number((how.get("env") or {}).get(CPU_CACHE))
     found: Places = {}
     for host in how["hosts"]:
         if gpus.get(host):
-            found.update({(host, gpu): float(share) for gpu in gpus[host]})
+            found.update({(host, gpu): share for gpu in gpus[host]})
         else:
-            found[host, None] = float(cache)
+            found[host, None] = cache
     return found
 
 

@@ -88,3 +88,8 @@ def test_what_gives_memory_up_comes_first(
 def test_a_service_without_a_place_waits_for_nobody() -> None:
     rows = [{"name": "a", "hosts": [], "gpus": {}, "instances": []}, row("b", 0.3, ONE)]
     assert rounds(rows, record("b", 0.6, [0], "h")) == {"a": 0, "b": 0}
+
+
+def test_a_size_that_is_none_is_for_the_server_to_refuse() -> None:
+    rows = [row("a", 0.0, {"h": []}, "much"), row("b", 0.0, {"h": []}, "2")]
+    assert rounds(rows, record("b", 0.0, None, "h", cache="8")) == {"a": 0, "b": 0}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ class Host:
     def __init__(self, folder: Path, url: str) -> None:
         self.folder, self.config = folder, folder / "config/chat"
         self.good = self.config / "good"
+        self.arguments: list[str] = []  # of ansible-playbook
         self.good.mkdir(parents=True)
         (folder / "home").mkdir()
         self.unit = folder / "chat.conf"
@@ -64,7 +66,7 @@ class Host:
         tasks = [begin, {"ansible.builtin.include_role": include, "vars": given}, end]
         play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "tasks": tasks}
         (self.folder / "play.yml").write_text(json.dumps([play]))
-        command = ["ansible-playbook", "-i", "localhost,", self.folder / "play.yml"]
+        command = ["ansible-playbook", "-i", "localhost,", self.folder / "play.yml", *self.arguments]
         done = run(command, ROOT, ANSIBLE_NOCOLOR="1", ANSIBLE_PYTHON_INTERPRETER=sys.executable)
         return " ".join(done.stdout.split())
 
@@ -290,7 +292,7 @@ def former(host: Host) -> dict[str, str]:
     return owners(host)
 
 
-def of_another_user(host: Host) -> str:
+def of_another_user(host: Host, user: str = LATTER, there: bool = True) -> str:
     fingerprints = {str(host.unit): "sum 0644 root", str(host.config / "env"): f"sum 0600 {FORMER}"}
     owner = {"owner": "{{ __vllm_owner }}", "mode": "0600"}
     files = [{"path": str(host.config / name), "content": "new\n", **owner} for name in ("start.sh", "env")]
@@ -298,10 +300,10 @@ def of_another_user(host: Host) -> str:
     return change(
         host,
         room=True,
-        vllm_user=LATTER,
+        vllm_user=user,
         __vllm_given_key="",
         __vllm_run_files=files,
-        __vllm_probe={"fingerprints": fingerprints, "users": [LATTER]},
+        __vllm_probe={"fingerprints": fingerprints, "users": [user] if there else []},
     )
 
 
@@ -323,3 +325,13 @@ def test_the_former_user_gets_it_back(host: Host, former: dict[str, str]) -> Non
     assert "failures: chat did not start with its new configuration, and does not run again as before" in output
     assert owners(host) == former
     assert (host.folder / "home").owner() == FORMER and (host.good / "env").owner() == FORMER
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to another user")
+def test_check_mode_tells_of_a_user_that_is_still_to_be_made(host: Host, former: dict[str, str]) -> None:
+    host.unit.write_text("old unit\n")
+    host.arguments = ["--check"]
+    output = of_another_user(host, "nobody-has-this-name", there=False)
+    assert "failed=0" in output and "rescued=0" in output and "failures: chat" not in output, output[-3000:]
+    assert re.search(r"Write the unit of vllm-chat\] \*+ changed", output)
+    assert owners(host) == former
