@@ -25,8 +25,8 @@ options:
     description:
       - C(root) (where the environments lie), C(builds), C(image_disk_mib) (by device),
         C(tools) (their requirements), C(tools_dir), C(manager),
-        C(supervisor_dir), C(os_family), C(venv_package) (by family) and C(may_install) (whether packages can be
-        installed).
+        C(supervisor_dir), C(os_family), C(venv_package) (by family), C(may_install) (whether packages can be
+        installed) and C(gone) (state folders of services that are removed before any is started).
     type: dict
     required: true
 author:
@@ -132,6 +132,40 @@ def _images(services: list[dict[str, Any]], probe: dict[str, Any], settings: dic
     return problems
 
 
+def _ports(services: list[dict[str, Any]], listeners: dict[str, Any], gone: list[str]) -> list[str]:
+    """Ports that a service is to have and another process has."""
+    problems, holders = [], {}
+    own = {service["state_dir"]: service for service in services}
+    for service in services:
+        name, listener = service["name"], listeners.get(str(service["port"]))
+        # vLLM renames its process, so that the working folder is what tells it from others. One that is headless answers nobody.
+        if service.get("headless") or not listener or listener["cwd"] in (service["state_dir"], *gone):
+            continue
+        if listener["cwd"] in own:
+            holders[name] = own[listener["cwd"]]["name"]
+            continue
+        who = f"{listener['command']} (pid {listener['pid']})" if listener["pid"] else "another user's process"
+        problems.append(
+            f"port {service['port']} of service {name} is taken by {who}: stop it, or give the service another port"
+        )
+    # Both could listen on it at once, and each would get requests that are the other's.
+    for name, other in holders.items():
+        port = next(service["port"] for service in services if service["name"] == name)
+        steps = f"with {other} at its new port and {name} as it was"
+        circle = [name]
+        while (follows := holders.get(circle[-1])) and follows not in circle:
+            circle.append(follows)
+        if follows == name:
+            if name != min(circle):  # said once
+                continue
+            steps = f"with {other} at a port that nobody has and {name} as it was, then with {name} at {port} and {other} as then"
+        problems.append(
+            f"port {port} of service {name} is still that of service {other}, and passes on run by run, so that what does not "
+            f"start can go back: run site.yml {steps}, then with all as they are to be"
+        )
+    return problems
+
+
 def host_readiness(services: list[dict[str, Any]], probe: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     problems = []
     builds = settings["builds"]
@@ -154,16 +188,7 @@ def host_readiness(services: list[dict[str, Any]], probe: dict[str, Any], settin
             f"{settings['root']} has {free} MiB free and vLLM needs {need}: make room or set vllm_root to a larger disk"
         )
     problems += _images(services, probe, settings)
-    for service in services:
-        if service.get("headless"):  # answers nobody
-            continue
-        port, listener = service["port"], probe["listeners"].get(str(service["port"]))
-        # vLLM renames its process, so that the working folder is what tells it from others.
-        if listener and listener["cwd"] != service["state_dir"]:
-            who = f"{listener['command']} (pid {listener['pid']})" if listener["pid"] else "another user's process"
-            problems.append(
-                f"port {port} of service {service['name']} is taken by {who}: stop it, or give the service another port"
-            )
+    problems += _ports(services, probe["listeners"], settings["gone"])
     folder = settings["supervisor_dir"]
     if settings["manager"] == "supervisor" and len(folder) > SOCKET_PATH_MAX - len("/supervisor.sock"):
         problems.append(f"{folder} is too long for the address of a socket: set a shorter vllm_root")

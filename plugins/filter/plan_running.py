@@ -99,7 +99,7 @@ def record_of(row: Mapping[str, Any], asked: str) -> dict[str, Any] | None:
     return {"name": row["name"], "asked": asked, "pins": kept, "planned": planned}
 
 
-def _read(records: list[dict[str, str]]) -> dict[str, dict[str, Any]]:
+def read_records(records: list[dict[str, str]]) -> dict[str, dict[str, Any]]:
     """Records by the name of their service. One that cannot be read, or that hosts disagree about, is none."""
     found: dict[str, dict[str, Any]] = {}
     doubtful = set()
@@ -121,6 +121,19 @@ def _pinned(service: dict[str, Any], pins: Mapping[str, Any]) -> dict[str, Any]:
     return {**service, **pins, "env": {**pins.get("env", {}), **(service.get("env") or {})}}
 
 
+def _at_their_ports(services: list[dict[str, Any]], known: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Clients know the port that a service has: without one in its entry it stays there, whatever else changes."""
+    taken = {service.get("port") for service in services}
+    found = []
+    for service in services:
+        port = known.get(service["name"], {}).get("pins", {}).get("port")
+        if service.get("port") is None and port and port not in taken:
+            taken.add(port)
+            service = {**service, "port": port}
+        found.append(service)
+    return found
+
+
 def _with_tolerance(host: dict[str, Any]) -> dict[str, Any]:
     gpus = [
         {**gpu, "memory_used_mib": max(0, (gpu.get("memory_used_mib") or 0) - TOLERANCE_MIB)} for gpu in host["gpus"]
@@ -136,7 +149,8 @@ def plan_running(
 
     try:
         asked = {service["name"]: fingerprint(service, hosts) for service in services}
-        known = _read(records or [])
+        known = read_records(records or [])
+        services = _at_their_ports(services, known)
         kept = {name: record for name, record in known.items() if asked.get(name) == record["asked"]}
         plan = None
         if kept:

@@ -48,7 +48,8 @@ def _up(service: Mapping[str, Any], pids: Mapping[str, int], listeners: Mapping[
         part = str(span["ports"]["node_manager"]) in listeners
     else:
         part = all(pids.get(f"{folder}/{name}.pid") for name in ("keeper", "engine"))
-    return part and (service["headless"] or listeners.get(str(service["port"]), {}).get("cwd") == folder)
+    # Also at a port that it is to leave: its engines hold their GPUs.
+    return part and (service["headless"] or folder in [listener.get("cwd") for listener in listeners.values()])
 
 
 def spans_up(services: list[dict[str, Any]], probe: Mapping[str, Any]) -> list[str]:

@@ -61,6 +61,11 @@ options:
     type: list
     elements: path
     default: []
+  users:
+    description: Names of users to look for.
+    type: list
+    elements: str
+    default: []
   images:
     description: Container images to look for. Given, also as an empty list, Docker is asked what it is.
     type: list
@@ -130,6 +135,11 @@ programs:
   returned: success
   type: list
   elements: str
+users:
+  description: Those of O(users) that are there.
+  returned: success
+  type: list
+  elements: str
 pythons:
   description:
     - Interpreters that ran, with C(path), C(version), whether they can make a virtual environment (C(venv)) and whether
@@ -183,6 +193,13 @@ def fingerprint(path):
     except KeyError:
         owner = str(status.st_uid)
     return "%s %04o %s" % (digest, status.st_mode & 0o7777, owner)
+
+
+def exists(user):
+    try:
+        return bool(pwd.getpwnam(user))
+    except KeyError:
+        return False
 
 
 def docker(module, images):
@@ -306,6 +323,7 @@ def main():
             "programs": {"type": "list", "elements": "str", "default": []},
             "libraries": {"type": "list", "elements": "str", "default": []},
             "pid_files": {"type": "list", "elements": "path", "default": []},
+            "users": {"type": "list", "elements": "str", "default": []},
         },
         supports_check_mode=True,
     )
@@ -332,6 +350,7 @@ def main():
         pids=dict((path, living_pid(path)) for path in module.params["pid_files"]),
         programs=[program for program in module.params["programs"] if module.get_bin_path(program)],
         pythons=interpreters(module, module.params["pythons"]),
+        users=[user for user in module.params["users"] if exists(user)],
     )
 
 

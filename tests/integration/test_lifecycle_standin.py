@@ -31,7 +31,9 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.services = {name: {"port": port, "env": {"MARKER": "a"}} for name, port in PORTS.items()}
+        self.services: dict[str, dict[str, Any]] = {
+            name: {"port": port, "env": {"MARKER": "a"}} for name, port in PORTS.items()
+        }
         # A disk for data, as hosts have it: the kernel tells the real paths of what works there.
         (folder / "disk").mkdir()
         (folder / "v").mkdir()
@@ -90,7 +92,7 @@ class Site:
     def ask(self, name: str) -> dict[str, Any]:
         key = (self.folder / "v/config" / name / "api_key").read_text().strip()
         request = urllib.request.Request(
-            f"http://127.0.0.1:{PORTS[name]}/v1/models", headers={"Authorization": f"Bearer {key}"}
+            f"http://127.0.0.1:{self.services[name]['port']}/v1/models", headers={"Authorization": f"Bearer {key}"}
         )
         with urllib.request.urlopen(request, timeout=5) as answer:
             told: dict[str, Any] = json.load(answer)["data"][0]
@@ -169,6 +171,39 @@ def test_without_room_the_one_before_comes_back(site: Site) -> None:
     assert site.ask("two")["marker"] == "e"
 
 
+def test_a_port_changes_without_a_gap(site: Site) -> None:
+    before = site.ask("two")
+    site.services["one"]["port"] = 18112
+    output = " ".join(site.play()[0].split())
+    told = "Until then at http://127.0.0.1:18110, from now on at http://127.0.0.1:18112"
+    assert f"one answered all the time: another server stood by. {told}" in output, output[-4000:]
+    assert site.ask("one")["marker"] == "b" and site.ask("two") == before
+    assert site.play()[1] == 0
+
+
+def test_a_port_that_cannot_change_stays(site: Site) -> None:
+    former = dict(site.services["two"])
+    site.services["two"] = {"port": 18113, "env": {"MARKER": "f", "STANDIN_FAIL": str(FAILURE)}}
+    output = " ".join(site.play("site.yml", *NO_ROOM)[0].split())
+    assert "failed=1" in output
+    assert "two did not start with its new configuration; the one from before runs again. The reason:" in output
+    site.services["two"] = former
+    assert site.ask("two")["marker"] == "e"
+    assert site.play()[1] == 0
+
+
+def test_services_do_not_exchange_their_ports_in_one_run(site: Site) -> None:
+    before = {name: site.ask(name) for name in PORTS}
+    former = {name: service["port"] for name, service in site.services.items()}
+    site.services["one"]["port"], site.services["two"]["port"] = former["two"], former["one"]
+    output = " ".join(site.play()[0].split())
+    told = "port 18111 of service one is still that of service two, and passes on run by run"
+    assert told in output and "failed=1" in output, output[-4000:]
+    for name, port in former.items():
+        site.services[name]["port"] = port
+    assert {name: site.ask(name) for name in PORTS} == before
+
+
 def test_what_is_not_listed_any_more_is_removed(site: Site) -> None:
     before = site.ask("one")
     del site.services["two"]
@@ -178,3 +213,12 @@ def test_what_is_not_listed_any_more_is_removed(site: Site) -> None:
     assert not (site.folder / "v/config/two").exists()
     with pytest.raises(OSError):
         site.ask("two")
+
+
+def test_another_name_on_the_same_port(site: Site) -> None:
+    site.services = {"uno": site.services["one"]}
+    output, changed = site.play()
+    assert changed > 0, output[-4000:]
+    assert site.ask("uno")["marker"] == "b"
+    assert not (site.folder / "v/config/one").exists()
+    assert site.play()[1] == 0

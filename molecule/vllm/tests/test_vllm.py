@@ -5,6 +5,7 @@ import json
 import time
 
 UNIT = "vllm-chat"
+USER = "llm"  # since side_effect.yml; vllm before
 
 
 def healthy(host, seconds):
@@ -44,8 +45,14 @@ def test_unit_runs_at_boot_as_its_own_user(host):
     service = host.service(UNIT)
     assert service.is_running
     assert service.is_enabled
-    assert host.process.get(pid=main_pid(host)).user == "vllm"
-    assert host.user("vllm").shell == "/usr/sbin/nologin"
+    assert host.process.get(pid=main_pid(host)).user == USER
+    assert host.user(USER).shell == "/usr/sbin/nologin"
+
+
+def test_nothing_is_left_to_its_former_user(host):
+    assert host.check_output("find /etc/vllm /var/lib/vllm -user vllm") == ""
+    assert host.file("/var/lib/vllm/chat/cache").user == USER
+    assert host.run("pgrep --euid vllm").rc == 1
 
 
 def test_teardown_before_left_the_owners_unit_alone(host):
@@ -57,7 +64,7 @@ def test_teardown_before_left_the_owners_unit_alone(host):
 def test_secrets_are_for_the_service_alone(host):
     for name in ("api_key", "env"):
         file = host.file(f"/etc/vllm/chat/{name}")
-        assert (file.user, file.mode) == ("vllm", 0o600)
+        assert (file.user, file.mode) == (USER, 0o600)
     key = key_of(host)
     assert key.startswith("sk-")
     assert len(key) > 40
@@ -72,7 +79,7 @@ def test_secrets_are_for_the_service_alone(host):
 
 def test_its_processes_may_not_dump_core(host):
     """A core dump would hold the key."""
-    for process in host.check_output("pgrep --euid vllm").split():
+    for process in host.check_output(f"pgrep --euid {USER}").split():
         limit = host.check_output(f"grep 'Max core file size' /proc/{process}/limits").split()
         assert limit[-3:-1] == ["0", "0"], "limits that a process may not raise again"
 
@@ -92,7 +99,7 @@ def test_answers_with_the_key_only(host):
 
 def test_killed_server_comes_back_and_leaves_nothing(host):
     before = main_pid(host)
-    children = host.check_output("pgrep --euid vllm").split()
+    children = host.check_output(f"pgrep --euid {USER}").split()
     assert len(children) > 1
     host.check_output(f"kill -KILL {before}")
     time.sleep(2)

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-FETCH = Path(__file__).parents[3] / "roles/model/tasks/fetch.yml"
+ROLES = Path(__file__).parents[3] / "roles"
+FETCH = ROLES / "model/tasks/fetch.yml"
 
 
 def test_old_revisions_are_looked_for_in_what_starts_services(
@@ -29,3 +30,17 @@ def test_old_revisions_are_looked_for_in_what_starts_services(
     assert render(start["baremetal.vllm.model_fetch"]["used_by"], **role_vars("model", "main"), vllm_config_dir="/x")[
         0
     ].startswith("/x/*/")
+
+
+def test_old_revisions_are_looked_for_in_what_engines_of_ray_serve(
+    render: Callable[..., Any], role_vars: Callable[..., dict[str, Any]]
+) -> None:
+    """Where another host has the server, no script names the model."""
+    (start,) = [task for task in yaml.safe_load(FETCH.read_text()) if task["name"].startswith("Start fetching")]
+    patterns = render(start["baremetal.vllm.model_fetch"]["used_by"], **role_vars("model", "main"))
+    kept = yaml.safe_load((ROLES / "vllm/tasks/multi_host_kept.yml").read_text())
+    (record,) = [(task, item) for task in kept for item in task.get("loop", []) if "svc.model_path" in item["content"]]
+    svc = {"config_dir": role_vars("vllm", "main")["vllm_config_dir"] + "/chat", "model_path": "/m/owner/name/1234"}
+    path = render(record[0]["ansible.builtin.copy"]["dest"], svc=svc, item=record[1])
+    assert any(fnmatch(path, pattern) for pattern in patterns), path
+    assert render(record[1]["content"], svc=svc) == "/m/owner/name/1234\n"

@@ -27,6 +27,7 @@ SETTINGS = {
     "os_family": "Debian",
     "venv_package": {"Debian": "python3-venv"},
     "image_disk_mib": {"cpu": 8000, "cuda": 40000},
+    "gone": [],
 }
 MADE_WITH = ["/usr/bin/python3", "3.11"]
 TOOLS = {
@@ -247,6 +248,41 @@ def test_a_port_that_is_taken(listener: dict[str, Any], who: str | None) -> None
     problems = judge([service(), service("free", port=8001)], probe(listeners={"8000": listener}))["problems"]
     message = f"port 8000 of service chat is taken by {who}: stop it, or give the service another port"
     assert problems == ([message] if who else [])
+
+
+def listens(name: str) -> dict[str, Any]:
+    return {"pid": 12, "command": "VLLM::APIServer", "cwd": f"/var/lib/vllm/{name}"}
+
+
+def test_a_port_of_a_service_that_is_removed_first() -> None:
+    seen = probe(listeners={"8000": listens("former")})
+    assert judge([service()], seen, gone=["/var/lib/vllm/former"])["problems"] == []
+    assert len(judge([service()], seen)["problems"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("ports", "told"),
+    [
+        (
+            {"a": (8000, 8001), "b": (8001, 8002)},
+            ["port 8001 of service a is still that of service b, RUN with b at its new port and a as it was, then"],
+        ),
+        (
+            {"a": (8000, 8001), "b": (8001, 8000)},
+            [
+                "port 8001 of service a is still that of service b, RUN with b at a port that nobody has and a as it was, then "
+                "with a at 8001 and b as then, then"
+            ],
+        ),
+        ({"a": (8000, 8000), "b": (8001, 8002)}, []),
+    ],
+    ids=["handed on", "exchanged", "free"],
+)
+def test_a_port_of_another_service_that_stays(ports: dict[str, tuple[int, int]], told: list[str]) -> None:
+    run = "and passes on run by run, so that what does not start can go back: run site.yml"
+    seen = probe(listeners={str(before): listens(name) for name, (before, _) in ports.items()})
+    problems = judge([service(name, port=after) for name, (_, after) in ports.items()], seen)["problems"]
+    assert problems == [f"{line.replace('RUN', run)} with all as they are to be" for line in told]
 
 
 @pytest.mark.parametrize(

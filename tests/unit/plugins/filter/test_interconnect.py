@@ -217,6 +217,7 @@ def test_what_runs_on_a_host_is_told_for_each_service() -> None:
     assert spans_up([mp, ray], {**probe, "listeners": {"8000": here, "6380": {}}}) == ["mp"]
     assert spans_up([mp], {**probe, "listeners": {"8000": {"cwd": "/elsewhere"}}}) == []
     assert spans_up([mp], {**probe, "pids": {"/s/mp/keeper.pid": 0, "/s/mp/engine.pid": 13}}) == []
+    assert spans_up([{**mp, "port": 8009}], probe) == ["mp"], "where it listens before its port changes"
     # The other hosts have no server that could listen.
     assert spans_up([{**mp, "headless": True}, {**ray, "headless": True}], {**probe, "listeners": {"6380": {}}}) == [
         "mp",

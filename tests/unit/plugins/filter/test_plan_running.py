@@ -104,3 +104,18 @@ def test_no_secret_is_in_a_record() -> None:
     services, hosts = deployment(A10)
     plan = plan_running([{**service, "api_key": "sk-secret"} for service in services], hosts)
     assert records(plan) == records(plan_running(services, hosts)), "a key is no part of the plan"
+
+
+def test_ports_that_clients_know_stay_whatever_else_changes() -> None:
+    services, hosts = deployment(A10)
+    services = [{key: value for key, value in service.items() if key != "port"} for service in services]
+    first = plan_running(services, hosts)
+    ports = {row["name"]: row["port"] for row in first["services"]}
+    for others in (services[::-1], services[1:], [{**one, "max_num_seqs": 8} for one in services[::-1]]):
+        again = plan_running(others, busier(hosts, 540), records(first))
+        assert {row["name"]: row["port"] for row in again["services"]} == {
+            one["name"]: ports[one["name"]] for one in others
+        }
+    given = [{**services[0], "port": ports[services[1]["name"]]}, *services[1:]]
+    again = plan_running(given, hosts, records(first))
+    assert again["fits"] and len({row["port"] for row in again["services"]}) == len(services)

@@ -247,3 +247,7 @@ def test_bad_parameters(run_module: Callable[..., Any], params: dict[str, Any], 
     result = run_module(host_probe, **params)
     assert result["failed"] is True
     assert name in result["msg"]
+
+
+def test_users(probe: Callable[..., Any]) -> None:
+    assert probe(users=["root", "nobody-has-this-name"])["users"] == ["root"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from support import ROOT, run
 
 from ansible_collections.baremetal.vllm.tests.fakes.openai_server import OpenAiServer
 
+NOBODY = "http://127.0.0.1:9"
 OLD = {
     "venv": {"api_key": "sk-old\n", "env": "OLD=1\n", "start.sh": "old venv\n", "plan.json": "{}\n", "unit": "old unit\n"},
     "container": {
@@ -31,14 +34,16 @@ class Host:
     def __init__(self, folder: Path, url: str) -> None:
         self.folder, self.config = folder, folder / "config/chat"
         self.good = self.config / "good"
+        self.arguments: list[str] = []  # of ansible-playbook
         self.good.mkdir(parents=True)
+        (folder / "home").mkdir()
         self.unit = folder / "chat.conf"
         supervisorctl = folder / "supervisorctl"
         supervisorctl.write_text('#!/bin/sh\necho "$@" >>"$0.log"\necho RUNNING\n')
         supervisorctl.chmod(0o755)
         self.svc: dict[str, Any] = {
             "name": "chat", "unit": "vllm-chat", "runtime": "venv", "standby": {}, "span": None, "headless": False,
-            "config_dir": str(self.config), "state_dir": str(folder / "state"), "unit_file": str(self.unit),
+            "config_dir": str(self.config), "state_dir": str(folder / "home/chat"), "unit_file": str(self.unit),
             "api_key_file": str(self.config / "api_key"), "root_url": url, "model_path": "", "start_timeout": 20,
             "pid_command": ["echo", "77"], "log_command": ["echo", "INFO"], "planned": {},
         }  # fmt: skip
@@ -52,7 +57,8 @@ class Host:
         me = os.environ.get("USER") or subprocess.check_output(["id", "-un"], text=True).strip()
         given = {
             "svc": self.svc, "vllm_user": me, "__vllm_user_id": me, "__vllm_manager": "supervisor",
-            "__vllm_supervisorctl": [str(self.folder / "supervisorctl")], **variables,
+            "__vllm_supervisorctl": [str(self.folder / "supervisorctl")], "vllm_state_dir": str(self.folder / "home"),
+            "__vllm_records": {"files": {}}, **variables,
         }  # fmt: skip
         begin = {"ansible.builtin.set_fact": {"__vllm_failures": []}}
         end = {"ansible.builtin.debug": {"msg": "failures: {{ __vllm_failures | join(' + ') }}"}}
@@ -60,7 +66,7 @@ class Host:
         tasks = [begin, {"ansible.builtin.include_role": include, "vars": given}, end]
         play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "tasks": tasks}
         (self.folder / "play.yml").write_text(json.dumps([play]))
-        command = ["ansible-playbook", "-i", "localhost,", self.folder / "play.yml"]
+        command = ["ansible-playbook", "-i", "localhost,", self.folder / "play.yml", *self.arguments]
         done = run(command, ROOT, ANSIBLE_NOCOLOR="1", ANSIBLE_PYTHON_INTERPRETER=sys.executable)
         return " ".join(done.stdout.split())
 
@@ -87,6 +93,23 @@ def test_what_the_former_runtime_ran_with_comes_back(host: Host, before: str, af
     assert "update vllm-chat" in (host.folder / "supervisorctl.log").read_text()
 
 
+def told_at(host: Host, url: str) -> dict[str, Any]:
+    """What a run has read first, on a host whose clients were told of this address."""
+    return {"files": {str(host.config / "endpoint.json"): json.dumps({"base_url": f"{url}/v1"}, indent=4) + "\n"}}
+
+
+def test_what_comes_back_is_asked_and_told_of_at_its_former_address(host: Host) -> None:
+    host.write(host.good, OLD["venv"])
+    records = told_at(host, host.svc["root_url"])
+    (host.config / "endpoint.json").write_text("new\n")
+    host.svc |= {"root_url": NOBODY, "start_timeout": 1}
+    output = host.tasks("restore", __vllm_reason="no luck", __vllm_away_since="1", __vllm_records=records)
+    assert "failures: chat did not start with its new configuration; the one from before runs again." in output, output[
+        -3000:
+    ]
+    assert {str(host.config / "endpoint.json"): (host.config / "endpoint.json").read_text()} == records["files"]
+
+
 # ---- the whole of a service's change, with files that need no template ----
 
 
@@ -103,13 +126,9 @@ def change(host: Host, room: bool = False, **variables: Any) -> str:
             "timeout": 1,
         },
         "__vllm_probe": {"fingerprints": {str(host.config / "endpoint.json"): "", str(host.unit): ""}},
-        "__vllm_records": {"files": {}},
     }  # fmt: skip
     host.svc |= {"room": room, "endpoint_files": [str(host.config / "endpoint.json")]}
     return host.tasks("service", **given | variables)
-
-
-NOBODY = "http://127.0.0.1:9"
 
 
 def test_a_service_that_does_not_start_ends_no_run(host: Host) -> None:
@@ -229,3 +248,90 @@ def test_a_second_server_that_cannot_start_anywhere_leaves_the_first_alone(host:
     ), output[-3000:]
     asked = (host.folder / "supervisorctl.log").read_text().splitlines()
     assert asked and not [line for line in asked if line.endswith(" vllm-chat")]
+
+
+def test_another_address_is_told_with_the_time_away(host: Host) -> None:
+    output = change(host, __vllm_records=told_at(host, NOBODY))
+    told = f"room for a second server beside it. Until then at {NOBODY}, from now on at {host.svc['root_url']}"
+    assert "chat was away for" in output and told in output, output[-3000:]
+
+
+FORMER, LATTER = "daemon", "nobody"  # users that every distribution has
+
+
+def owners(host: Host) -> dict[str, str]:
+    paths = [
+        path
+        for path in [host.config, *host.config.rglob("*"), *(host.folder / "home").rglob("*")]
+        if host.good not in path.parents
+    ]
+    return {str(path.relative_to(host.folder)): pwd.getpwuid(path.lstat().st_uid).pw_name for path in paths}
+
+
+@pytest.fixture
+def former(host: Host) -> dict[str, str]:
+    """Whose everything is, before a change: FORMER's, but for what others have put there."""
+    home, cache = host.folder / "home", host.folder / "home/chat/cache"
+    for folder in (cache, home / ".triton", home / "other"):
+        folder.mkdir(parents=True)
+    host.write(host.good, OLD["venv"])
+    host.write(host.config, {**OLD["venv"], "cluster_token": "1\n"})
+    for path in (
+        cache / "kernel",
+        home / ".triton/kernel",
+        home / "other/kernel",
+        host.folder / "models",
+        cache / "roots",
+    ):
+        path.touch()
+    (cache / "link").symlink_to(host.folder / "models")
+    everything = [host.config, *host.config.rglob("*"), home, *home.rglob("*"), host.folder / "models"]
+    for path in everything:
+        if path.name not in ("good", "roots", "plan.json"):
+            os.lchown(path, pwd.getpwnam(FORMER).pw_uid, -1)
+    return owners(host)
+
+
+def of_another_user(host: Host, user: str = LATTER, there: bool = True) -> str:
+    fingerprints = {str(host.unit): "sum 0644 root", str(host.config / "env"): f"sum 0600 {FORMER}"}
+    owner = {"owner": "{{ __vllm_owner }}", "mode": "0600"}
+    files = [{"path": str(host.config / name), "content": "new\n", **owner} for name in ("start.sh", "env")]
+    fingerprints[str(host.config / "endpoint.json")] = ""
+    return change(
+        host,
+        room=True,
+        vllm_user=user,
+        __vllm_given_key="",
+        __vllm_run_files=files,
+        __vllm_probe={"fingerprints": fingerprints, "users": [user] if there else []},
+    )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to another user")
+def test_another_user_gets_what_the_former_one_had(host: Host, former: dict[str, str]) -> None:
+    output = of_another_user(host)
+    assert "another user runs it now" in output and "failures: chat" not in output, output[-3000:]
+    assert "stop vllm-chat" in (host.folder / "supervisorctl.log").read_text().splitlines()[0]
+    new = {path: LATTER if owner == FORMER and "other" not in path else owner for path, owner in former.items()}
+    assert owners(host) == {**new, "config/chat/measured.json": "root"}
+    assert (host.folder / "models").owner() == FORMER
+    assert (host.good / "env").owner() == LATTER
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to another user")
+def test_the_former_user_gets_it_back(host: Host, former: dict[str, str]) -> None:
+    host.svc |= {"root_url": NOBODY, "start_timeout": 1}
+    output = of_another_user(host)
+    assert "failures: chat did not start with its new configuration, and does not run again as before" in output
+    assert owners(host) == former
+    assert (host.folder / "home").owner() == FORMER and (host.good / "env").owner() == FORMER
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to another user")
+def test_check_mode_tells_of_a_user_that_is_still_to_be_made(host: Host, former: dict[str, str]) -> None:
+    host.unit.write_text("old unit\n")
+    host.arguments = ["--check"]
+    output = of_another_user(host, "nobody-has-this-name", there=False)
+    assert "failed=0" in output and "rescued=0" in output and "failures: chat" not in output, output[-3000:]
+    assert re.search(r"Write the unit of vllm-chat\] \*+ changed", output)
+    assert owners(host) == former

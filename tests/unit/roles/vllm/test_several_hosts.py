@@ -54,6 +54,7 @@ class Hosts:
     def __init__(self, folder: Path, url: str) -> None:
         self.folder, self.url, self.log = folder, url, folder / "starts.log"
         self.has: dict[str, list[dict[str, Any]]] = {}
+        self.rounds: dict[str, int] = {}  # those that are not changed in the first one
         self.up: list[str] = []  # services that run as they should
         self.left: dict[str, dict[str, str]] = {}  # files of earlier runs, by host
         python = folder / "python"
@@ -84,8 +85,11 @@ class Hosts:
                 "python": str(self.folder / "python"), "run_python": [str(self.folder / "python")], "node_networks": [],
                 "kept_home": [], "config_dir": str(config), "state_dir": str(self.folder / host / name), "watched": [],
                 "unit_file": str(self.folder / host / f"{name}.conf"), "api_key_file": str(config / "api_key"),
-                "endpoint_files": [str(config / "endpoint.json")], "root_url": self.url, "model_path": "", "port": 8000,
+                "endpoint_files": [str(config / "endpoint.json")], "root_url": self.url, "model_path": "/models/m", "port": 8000,
             })  # fmt: skip
+
+    def names(self) -> list[str]:
+        return sorted({svc["name"] for one in self.has.values() for svc in one})
 
     def play(self) -> str:
         me = os.environ.get("USER") or subprocess.check_output(["id", "-un"], text=True).strip()
@@ -95,7 +99,8 @@ class Hosts:
         given = {
             "vllm_user": me, "__vllm_user_id": me, "__vllm_manager": "supervisor", "vllm_config_dir": f"{place}/config",
             "__vllm_supervisorctl": [f"{place}/supervisorctl"], "vllm_interconnect_firewall": "none",
-            "vllm_services": [{"name": name, "model": "m"} for name in {svc["name"] for one in self.has.values() for svc in one}],
+            "vllm_services": [{"name": name, "model": "m"} for name in self.names()],
+            "vllm_plan_result": {"services": [{"name": name, "round": self.rounds.get(name, 0)} for name in self.names()]},
             "__vllm_images": [], "__vllm_by_plan": "{{ standin_has[inventory_hostname] }}", "__vllm_installed": True,
             "__vllm_records": {"files": "{{ standin_files[inventory_hostname] }}"}, "__vllm_measure_later": False,
             "__vllm_probe": {
@@ -170,6 +175,7 @@ def test_ray_beside_another_service(hosts: Hosts) -> None:
     assert together(output, "chat") == {("one", "two"), ("one",)}  # the server runs on the first host alone
     assert output.count("included: baremetal.vllm.ray_cluster for ") == 1
     assert "two update vllm-chat" not in hosts.log.read_text()
+    assert (hosts.folder / "two/config/chat/vllm/model_path").read_text() == "/models/m\n"
 
 
 def test_a_worker_of_ray_keeps_no_record_of_its_time_before(hosts: Hosts) -> None:
@@ -184,3 +190,14 @@ def test_a_worker_of_ray_keeps_no_record_of_its_time_before(hosts: Hosts) -> Non
     hosts.play()
     assert (hosts.folder / "one/config/chat/plan.json").exists()
     assert not [path for path in (hosts.folder / "two/config/chat").iterdir() if path.is_file()]
+
+
+def test_what_gives_memory_up_is_changed_before_what_takes_it_on_all_hosts(hosts: Hosts) -> None:
+    hosts.add("embed", "one")
+    hosts.add("code", "two")
+    hosts.add("chat", "two", "one")
+    hosts.rounds = {"embed": 1, "code": 1}
+    output = hosts.play()
+    assert together(output, "chat") == {("one", "two")}
+    started = [line.split()[-1] for line in hosts.log.read_text().splitlines() if " update " in line]
+    assert started[:2] == ["vllm-chat", "vllm-chat"] and sorted(started[2:]) == ["vllm-code", "vllm-embed"]
