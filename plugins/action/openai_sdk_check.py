@@ -44,6 +44,8 @@ TOOL = {
     },
 }
 TEXTS = ["The cat sleeps on the sofa.", "The cat sleeps on the sofa.", "Quarterly revenue rose by nine percent."]
+# Tokens for a tool call, and for one of a model that thinks first.
+CALL_TOKENS, THINKING_TOKENS = 256, 4096
 WRONG_KEY = "sk-this-key-is-wrong"
 CHECKS = {
     "generate": ("models", "completion", "chat", "stream", "tool_call", "wrong_key"),
@@ -58,6 +60,10 @@ class Failed(Exception):
 
 class NotOffered(Exception):
     """The server says that it does not do this."""
+
+
+class NotJudged(Exception):
+    """What was seen is no proof, neither for nor against it."""
 
 
 class Unreachable(Exception):
@@ -116,14 +122,8 @@ class Proof:
 
     def tool_call(self) -> str:
         messages: list[dict[str, Any]] = [{"role": "user", "content": f"What is the weather in {CITY}?"}]
-        choice = {"type": "function", "function": {"name": TOOL["function"]["name"]}}
         try:
-            # Not greedy: a model that is undecided would write blanks between the brackets for ever.
-            message = (
-                self._chat(messages=messages, tools=[TOOL], tool_choice=choice, temperature=1, seed=0, max_tokens=256)
-                .choices[0]
-                .message
-            )
+            message = self._forced_call(messages)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             if self.tool_calls:
                 raise
@@ -148,6 +148,46 @@ class Proof:
         ]
         answer = self._said(self._chat(messages=messages, tools=[TOOL]).choices[0].message)
         return f"{call.function.name}({arguments['city']}), then {self._told(answer)!r}"
+
+    def _forced_call(self, messages: list[dict[str, Any]]) -> Any:
+        """The message with the call. A model that is cut off while it thinks is asked again, with more tokens."""
+        answer = self._ask_call(messages, CALL_TOKENS)
+        if not self._cut_off_thinking(answer.choices[0], or_later=True):
+            return answer.choices[0].message
+        room = next(
+            (getattr(entry, "max_model_len", 0) for entry in self.client.models.list() if entry.id == self.model), 0
+        )
+        limit = min(THINKING_TOKENS, room - answer.usage.prompt_tokens) if room and answer.usage else THINKING_TOKENS
+        after = f"{limit} tokens"
+        try:
+            choice = self._ask_call(messages, limit).choices[0]
+            if not self._cut_off_thinking(choice):
+                return choice.message
+        except openai.APITimeoutError:
+            after = "the time that a request has"
+        raise NotJudged(f"the model was still thinking after {after}")
+
+    def _ask_call(self, messages: list[dict[str, Any]], limit: int) -> Any:
+        # Not greedy: a model that is undecided would write blanks between the brackets for ever.
+        request = {"messages": messages, "tools": [TOOL], "temperature": 1, "seed": 0, "max_tokens": limit}
+        try:
+            return self._chat(
+                tool_choice={"type": "function", "function": {"name": TOOL["function"]["name"]}}, **request
+            )
+        except openai.InternalServerError:
+            # vLLM fails at a forced call that ends while the model thinks (vllm-project/vllm#40147). What it thinks is the same
+            # without the force.
+            answer = self._chat(tool_choice="none", **request)
+            if not self._cut_off_thinking(answer.choices[0]):
+                raise
+            return answer
+
+    def _cut_off_thinking(self, choice: Any, or_later: bool = False) -> bool:
+        """Whether the tokens ended while the model thought, or in what came after its thoughts."""
+        if choice.finish_reason != "length" or not self._thought(choice.message):
+            return False
+        calls = choice.message.tool_calls or []
+        return or_later or not (choice.message.content or any(call.function.arguments for call in calls))
 
     def embeddings(self) -> str:
         data = self.client.embeddings.create(model=self.model, input=TEXTS).data
@@ -181,11 +221,13 @@ class Proof:
         raise Failed("a wrong key was let in")
 
     @staticmethod
-    def _said(message: Any) -> str:
-        # A reasoning model may spend all its tokens on thinking, under a name that changed.
-        return (
-            message.content or getattr(message, "reasoning", None) or getattr(message, "reasoning_content", None) or ""
-        )
+    def _thought(message: Any) -> str:
+        # Under a name that changed.
+        return getattr(message, "reasoning", None) or getattr(message, "reasoning_content", None) or ""
+
+    def _said(self, message: Any) -> str:
+        # A reasoning model may spend all its tokens on thinking.
+        return message.content or self._thought(message)
 
     @staticmethod
     def _told(answer: str) -> str:
@@ -199,6 +241,8 @@ class Proof:
             ok, detail = True, getattr(self, name)()
         except NotOffered as error:
             ok, detail = True, f"not offered: {error}"
+        except NotJudged as error:
+            ok, detail = True, f"not judged: {error}"
         except (Failed, openai.OpenAIError) as error:
             ok, detail = False, str(error)
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:

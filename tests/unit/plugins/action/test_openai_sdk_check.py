@@ -25,9 +25,11 @@ def server() -> Iterator[OpenAiServer]:
         yield server
 
 
-def prove(server: OpenAiServer, task: str = "generate", tool_calls: bool = True) -> dict[str, tuple[bool, str]]:
+def prove(
+    server: OpenAiServer, task: str = "generate", tool_calls: bool = True, timeout: int = 5
+) -> dict[str, tuple[bool, str]]:
     """Name of a check -> whether it held, and what was seen."""
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0, timeout=5)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0, timeout=timeout)
     proof = Proof(client, server.model, tool_calls)
     return {check["name"]: (check["ok"], check["detail"]) for check in map(proof.check, CHECKS[task])}
 
@@ -58,6 +60,53 @@ def test_tool_calls_that_are_none(server: OpenAiServer) -> None:
     assert seen["tool_call"][0]
     assert seen["tool_call"][1].startswith("not offered: ")
     assert not prove(server, tool_calls=True)["tool_call"][0]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+@pytest.mark.parametrize(
+    ("thoughts", "room", "seen"),
+    [
+        (100, 8192, "get_weather(Oslo), then"),
+        (1000, 8192, "get_weather(Oslo), then"),
+        (1000, 2048, "get_weather(Oslo), then"),
+        (3000, 2048, "not judged: the model was still thinking after 1948 tokens"),
+        (9000, 16384, "not judged: the model was still thinking after 4096 tokens"),
+    ],
+)
+def test_standin_that_thinks_before_it_calls(
+    server: OpenAiServer, thoughts: int, room: int, seen: str, name: str, fails: bool
+) -> None:
+    """A cut-off among its thoughts is no failure, whichever way the release shows it, and more tokens are given first."""
+    server.thoughts, server.thoughts_as, server.max_model_len, server.fails_in_thought = thoughts, name, room, fails
+    ok, detail = prove(server)["tool_call"]
+    assert ok and detail.startswith(seen), detail
+
+
+def test_standin_that_thinks_for_longer_than_a_request_may_take(server: OpenAiServer) -> None:
+    server.thoughts, server.answers_up_to = 1000, 300
+    assert prove(server, timeout=1)["tool_call"] == (
+        True,
+        "not judged: the model was still thinking after the time that a request has",
+    )
+
+
+def cut_off(**message: Any) -> Answer:
+    return as_json({"choices": [{"index": 0, "finish_reason": "length", "message": {"content": None, **message}}]})
+
+
+def test_other_cut_offs_are_failures(server: OpenAiServer) -> None:
+    """Without thoughts, or in the call that came after them. A server that fails at any call is no thinker either."""
+    called = [{"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "'}}]
+    for answer, words in (
+        (cut_off(content=" "), "no tool call"),
+        (cut_off(), "no tool call"),
+        (cut_off(reasoning="hmm", tool_calls=called), "no JSON"),
+        (Answer(500, b"EngineDeadError"), "500"),
+    ):
+        server.overrides[CHAT] = answer
+        ok, detail = prove(server)["tool_call"]
+        assert not ok and words in detail, detail
 
 
 @pytest.mark.parametrize(
