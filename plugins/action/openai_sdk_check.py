@@ -61,9 +61,13 @@ class Failed(Exception):
 class NotOffered(Exception):
     """The server says that it does not do this."""
 
+    kind = "not offered"
+
 
 class NotJudged(Exception):
     """What was seen is no proof, neither for nor against it."""
+
+    kind = "not judged"
 
 
 class Unreachable(Exception):
@@ -86,6 +90,16 @@ class Proof:
         if self.model not in names:
             raise Failed(f"the list has {', '.join(names) or 'nothing'}, not {self.model}")
         return ", ".join(names)
+
+    def is_refused(self, message: str) -> bool:
+        """Whether a proxy before the endpoint lets this address not in, and says so with this message."""
+        try:
+            self.client.models.list()
+        except openai.PermissionDeniedError as error:
+            return isinstance(error.body, dict) and error.body.get("message") == message
+        except openai.OpenAIError:
+            pass  # which the checks tell of
+        return False
 
     def completion(self) -> str:
         answer = self.client.completions.create(model=self.model, prompt=PROMPT, max_tokens=8, temperature=0)
@@ -239,15 +253,19 @@ class Proof:
         start = time.monotonic()
         try:
             ok, detail = True, getattr(self, name)()
-        except NotOffered as error:
-            ok, detail = True, f"not offered: {error}"
-        except NotJudged as error:
-            ok, detail = True, f"not judged: {error}"
+        except (NotOffered, NotJudged) as error:
+            ok, detail = True, f"{error.kind}: {error}"
         except (Failed, openai.OpenAIError) as error:
             ok, detail = False, str(error)
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             ok, detail = False, f"the answer has not the form of the OpenAI API: {error!r}"
         return {"name": name, "ok": ok, "detail": detail[:300], "ms": round(1000 * (time.monotonic() - start))}
+
+
+def told(check: dict[str, Any]) -> str:
+    """A check that has passed, and whether as a proof."""
+    kind = next((kind for kind in (NotOffered.kind, NotJudged.kind) if check["detail"].startswith(f"{kind}: ")), "")
+    return f"{check['name']} ({kind})" if kind else check["name"]
 
 
 def is_own(host: str) -> bool:
@@ -279,6 +297,7 @@ class ActionModule(ActionBase):
                 "task": {"type": "str", "choices": list(CHECKS), "default": "generate"},
                 "tool_calls": {"type": "bool", "default": False},
                 "ca_pem": {"type": "str"},
+                "refusal": {"type": "str", "default": ""},
                 "required": {"type": "bool", "default": False},
                 "timeout": {"type": "int", "default": 120},
             }
@@ -290,10 +309,21 @@ class ActionModule(ActionBase):
                 f"base_url is {params['base_url']!r}: give the address up to and with /v1, such as http://127.0.0.1:8000/v1"
             )
         if self._task.check_mode:
-            return {**result, "skipped": True, "msg": "nothing is sent in check mode"}
+            return {
+                **result,
+                "skipped": True,
+                "msg": "nothing is sent in check mode",
+                "told": "not asked in check mode",
+            }
         if openai is None:
             missing = "openai is not installed for the Python that runs Ansible: pip install openai (requirements.txt)"
-            return {**result, "failed": params["required"], "skipped": not params["required"], "msg": missing}
+            return {
+                **result,
+                "failed": params["required"],
+                "skipped": not params["required"],
+                "msg": missing,
+                "told": missing,
+            }
         result["sdk"] = openai.__version__
         key = self._read(params["api_key_file"], secret=True).strip()
         try:
@@ -301,7 +331,8 @@ class ActionModule(ActionBase):
                 result["via"] = via
                 result["checks"] = self._prove(params, url, address, key)
         except Unreachable as error:
-            return {**result, "failed": params["required"], "skipped": not params["required"], "msg": str(error)}
+            said = {"msg": str(error), "told": str(error)}
+            return {**result, "failed": params["required"], "skipped": not params["required"], **said}
         for check in result["checks"]:
             check["detail"] = check["detail"].replace(key, "********")
         if failed := [f"{check['name']} ({check['detail']})" for check in result["checks"] if not check["ok"]]:
@@ -310,6 +341,7 @@ class ActionModule(ActionBase):
                 "failed": True,
                 "msg": f"{params['base_url']} does not hold for the openai SDK: {'; '.join(failed)}",
             }
+        result["told"] = ", ".join(map(told, result["checks"]))
         return result
 
     def _prove(self, params: dict[str, Any], url: Any, address: tuple[str, int], key: str) -> list[dict[str, Any]]:
@@ -326,6 +358,10 @@ class ActionModule(ActionBase):
                 base_url=base_url, api_key=key, max_retries=0, timeout=params["timeout"], http_client=transport
             )
             proof = Proof(client, params["model"], params["tool_calls"])
+            if params["refusal"] and proof.is_refused(params["refusal"]):
+                raise Unreachable(
+                    f"{params['base_url']} was not asked: it does not let the address in that the controller comes from"
+                )
             return [proof.check(name) for name in CHECKS[params["task"]]]
 
     def _read(self, path: str, secret: bool = False) -> str:

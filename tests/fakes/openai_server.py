@@ -46,10 +46,13 @@ class OpenAiServer(Server):
         )
         self.answers_up_to = 1 << 20  # tokens; more take longer than anybody waits
         self.max_model_len = 8192
+        self.refusal: Answer | None = None  # of a proxy before it, whatever is asked
         self.overrides: dict[tuple[str, str], Answer] = {}
 
     def respond(self, request: Handler) -> Answer:
         path = urlsplit(request.path).path
+        if self.refusal:
+            return self.refusal
         if path.startswith("/v1/") and self.check_key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return as_json({"error": "Unauthorized"}, 401)
         override = self.overrides.get((request.command, path))

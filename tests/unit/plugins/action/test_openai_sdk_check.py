@@ -12,7 +12,7 @@ import openai
 import pytest
 from support import ROOT, run
 
-from ansible_collections.baremetal.vllm.plugins.action.openai_sdk_check import CHECKS, Proof, is_own
+from ansible_collections.baremetal.vllm.plugins.action.openai_sdk_check import CHECKS, Proof, is_own, told
 from ansible_collections.baremetal.vllm.tests.fakes.openai_server import OpenAiServer, as_events, as_json, chunk
 from ansible_collections.baremetal.vllm.tests.fakes.server import Answer
 
@@ -81,6 +81,7 @@ def test_standin_that_thinks_before_it_calls(
     server.thoughts, server.thoughts_as, server.max_model_len, server.fails_in_thought = thoughts, name, room, fails
     ok, detail = prove(server)["tool_call"]
     assert ok and detail.startswith(seen), detail
+    assert told({"name": "tool_call", "detail": detail}) == "tool_call" + " (not judged)" * detail.startswith("not")
 
 
 def test_standin_that_thinks_for_longer_than_a_request_may_take(server: OpenAiServer) -> None:
@@ -165,9 +166,23 @@ def test_through_ansible(tmp_path: Path, server: OpenAiServer) -> None:
     output = play(tmp_path, server, "-vvvv", "--diff")
     assert "failed=0" in output
     assert "via: direct" in output
+    assert "told: models, completion, chat, stream, tool_call, wrong_key" in output
     assert f"sdk: {openai.__version__}" in output
     server.overrides[CHAT] = as_json({"error": f"no Bearer {server.key}"}, 500)
     assert "does not hold for the openai SDK: chat (" in " ".join(play(tmp_path, server).split())
+
+
+REFUSAL = "Your address is not allowed"
+
+
+def test_a_proxy_that_refuses_this_address_is_not_judged(tmp_path: Path, server: OpenAiServer) -> None:
+    """By its own message, where that may come: any other refusal is a failure, and so is this one with required."""
+    server.refusal = as_json({"error": {"message": REFUSAL, "type": "PermissionError", "code": 403}}, 403)
+    output = play(tmp_path, server, refusal=REFUSAL)
+    assert "skipped=1" in output and "failed=0" in output
+    assert f"{server.url}/v1 was not asked: it does not let the address in" in " ".join(output.split())
+    for params in ({}, {"refusal": "another"}, {"refusal": REFUSAL, "required": True}):
+        assert "failed=1" in play(tmp_path, server, **params)
 
 
 def test_nothing_is_asked_in_check_mode(tmp_path: Path, server: OpenAiServer) -> None:
