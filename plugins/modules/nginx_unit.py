@@ -37,7 +37,7 @@ options:
     choices: [started, reloaded, restarted]
     default: started
   timeout:
-    description: Seconds to wait.
+    description: Seconds to wait when systemd has done its part.
     type: int
     default: 30
 author:
@@ -167,12 +167,14 @@ class Unit:
         pid, start = self.pid(), time.time()
         before = workers(pid) if pid and command == "reload-or-restart" else set()
         code, dummy, error = self.module.run_command([self.systemctl, command, self.name])
+        # A restart itself takes as long as the streams that are under way, or as the unit leaves them.
+        until = time.time() + self.module.params["timeout"]
         while not code:
             pid = self.pid()
             now = workers(pid) if pid else set()
             if now and not now & before and listening(pid) == wanted:
                 return
-            if time.time() - start > self.module.params["timeout"]:
+            if time.time() > until:
                 break
             time.sleep(0.1)
         self.module.fail_json(

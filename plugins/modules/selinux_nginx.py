@@ -18,7 +18,7 @@ description:
   - Does nothing where SELinux is off or not there.
 options:
   ports:
-    description: TCP ports that nginx is to listen on. Those that an earlier run has added and that are not in the list are taken back.
+    description: TCP ports that nginx is to listen on.
     type: list
     elements: int
     default: []
@@ -26,6 +26,10 @@ options:
     description: Whether nginx has to connect to servers.
     type: bool
     default: false
+  take_back:
+    description: Whether ports that are no longer asked for are taken back. Not before nginx has left them.
+    type: bool
+    default: true
   record:
     description: File that holds which ports were added here. It goes with the last of them.
     type: path
@@ -140,6 +144,7 @@ def main():
         argument_spec={
             "ports": {"type": "list", "elements": "int", "default": []},
             "connect": {"type": "bool", "default": False},
+            "take_back": {"type": "bool", "default": True},
             "record": {"type": "path", "required": True},
         },
         supports_check_mode=True,
@@ -149,6 +154,7 @@ def main():
     if mode not in ("Enforcing", "Permissive"):
         module.exit_json(changed=False, problems=[], semanage=False, todo=[])
     wanted, own = set(params["ports"]), set(recorded(params["record"]))
+    gone = own - wanted if params["take_back"] else set()
     add, remove, problems, todo = [], [], [], []
     if params["connect"] and not selinux.may_connect():
         todo.append(["setsebool", "-P", BOOLEAN, "on"])
@@ -164,7 +170,7 @@ def main():
                     "SELinux keeps port %d of the proxy for %s, and nginx from it: take another proxy_port, or give it to nginx with "
                     "semanage port %s -t %s -p tcp %d" % (port, kind, "-m" if first == last else "-a", TYPE, port)
                 )
-        remove = [port for port in sorted(own - wanted) if (port, port, TYPE) in local]
+        remove = [port for port in sorted(gone) if (port, port, TYPE) in local]
         todo += [["semanage", "port", "-a", "-t", TYPE, "-p", "tcp", str(port)] for port in add]
         todo += [["semanage", "port", "-d", "-p", "tcp", str(port)] for port in remove]
     elif wanted:
@@ -181,8 +187,8 @@ def main():
             keep(params["record"], own | set(add))
         for command in todo:
             selinux.run(*command, check_rc=True)
-        if semanage and own | set(add) != own & wanted:
-            keep(params["record"], (own & wanted) | set(add))
+        if semanage and gone:
+            keep(params["record"], (own - gone) | set(add))
     module.exit_json(
         changed=bool(todo), problems=problems, semanage=semanage, todo=[" ".join(command) for command in todo]
     )

@@ -138,10 +138,17 @@ def test_new_workers_on_the_planned_addresses_are_the_proof(
     before = worker("nginx: worker process")
     nginx.put(pid=str(os.getpid()))
     assert "did not take" in nginx.run(port + 1, state="restarted")["msg"]
-    assert nginx.run(port, state="restarted")["changed"]
     threading.Timer(0.3, before.kill).start()
     threading.Timer(0.3, worker, ["nginx: worker process"]).start()
     assert nginx.run(port, state="reloaded", timeout=5)["changed"]
+
+
+def test_a_restart_that_lets_streams_end_takes_nothing_of_its_time(
+    nginx: Nginx, port: int, worker: Callable[[str], subprocess.Popen[bytes]]
+) -> None:
+    nginx.put(pid=str(os.getpid()), ordered="sleep 3.2")
+    threading.Timer(4, worker, ["nginx: worker process"]).start()
+    assert nginx.run(port, state="restarted", timeout=3)["changed"]
 
 
 def test_an_address_that_is_none(nginx: Nginx) -> None:

@@ -41,8 +41,9 @@ class Host:
         start = {"mode": "Enforcing", "booleans": {BOOLEAN[2]: False}, "local": {}, "calls": []}
         (self.folder / "selinux.json").write_text(json.dumps({**start, **state}))
 
-    def run(self, *ports: int, check: bool = False, connect: bool = True) -> dict[str, Any]:
-        return self.run_module(selinux_nginx, check, ports=list(ports), connect=connect, record=str(self.record))
+    def run(self, *ports: int, check: bool = False, connect: bool = True, **more: bool) -> dict[str, Any]:
+        given = {"ports": list(ports), "connect": connect, "record": str(self.record), **more}
+        return self.run_module(selinux_nginx, check, **given)
 
 
 @pytest.fixture
@@ -62,6 +63,7 @@ def test_ports_and_boolean_are_added_once_and_ports_taken_back(host: Host) -> No
     assert host.run(8443, 8444, 8445)["todo"] == checked["todo"]
     assert host.state["calls"] == first
     assert host.run(8443, 8444, 8445)["changed"] is host.run(8443, 8444, 8445, check=True)["changed"] is False
+    assert not host.run(8443, 8445, take_back=False)["changed"]
     assert host.run(8443, 8445)["todo"] == [" ".join(remove(8444))]
     assert host.run(connect=False, check=True)["todo"] == [" ".join(remove(8445))]
     host.run(connect=False)
