@@ -44,6 +44,8 @@ TOOL = {
     },
 }
 TEXTS = ["The cat sleeps on the sofa.", "The cat sleeps on the sofa.", "Quarterly revenue rose by nine percent."]
+# Tokens for a tool call, and for one of a model that thinks first.
+CALL_TOKENS, THINKING_TOKENS = 256, 4096
 WRONG_KEY = "sk-this-key-is-wrong"
 CHECKS = {
     "generate": ("models", "completion", "chat", "stream", "tool_call", "wrong_key"),
@@ -58,6 +60,14 @@ class Failed(Exception):
 
 class NotOffered(Exception):
     """The server says that it does not do this."""
+
+    kind = "not offered"
+
+
+class NotJudged(Exception):
+    """What was seen is no proof, neither for nor against it."""
+
+    kind = "not judged"
 
 
 class Unreachable(Exception):
@@ -80,6 +90,16 @@ class Proof:
         if self.model not in names:
             raise Failed(f"the list has {', '.join(names) or 'nothing'}, not {self.model}")
         return ", ".join(names)
+
+    def is_refused(self, message: str) -> bool:
+        """Whether a proxy before the endpoint lets this address not in, and says so with this message."""
+        try:
+            self.client.models.list()
+        except openai.PermissionDeniedError as error:
+            return isinstance(error.body, dict) and error.body.get("message") == message
+        except openai.OpenAIError:
+            pass  # which the checks tell of
+        return False
 
     def completion(self) -> str:
         answer = self.client.completions.create(model=self.model, prompt=PROMPT, max_tokens=8, temperature=0)
@@ -116,14 +136,8 @@ class Proof:
 
     def tool_call(self) -> str:
         messages: list[dict[str, Any]] = [{"role": "user", "content": f"What is the weather in {CITY}?"}]
-        choice = {"type": "function", "function": {"name": TOOL["function"]["name"]}}
         try:
-            # Not greedy: a model that is undecided would write blanks between the brackets for ever.
-            message = (
-                self._chat(messages=messages, tools=[TOOL], tool_choice=choice, temperature=1, seed=0, max_tokens=256)
-                .choices[0]
-                .message
-            )
+            message = self._forced_call(messages)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             if self.tool_calls:
                 raise
@@ -148,6 +162,46 @@ class Proof:
         ]
         answer = self._said(self._chat(messages=messages, tools=[TOOL]).choices[0].message)
         return f"{call.function.name}({arguments['city']}), then {self._told(answer)!r}"
+
+    def _forced_call(self, messages: list[dict[str, Any]]) -> Any:
+        """The message with the call. A model that is cut off while it thinks is asked again, with more tokens."""
+        answer = self._ask_call(messages, CALL_TOKENS)
+        if not self._cut_off_thinking(answer.choices[0], or_later=True):
+            return answer.choices[0].message
+        room = next(
+            (getattr(entry, "max_model_len", 0) for entry in self.client.models.list() if entry.id == self.model), 0
+        )
+        limit = min(THINKING_TOKENS, room - answer.usage.prompt_tokens) if room and answer.usage else THINKING_TOKENS
+        after = f"{limit} tokens"
+        try:
+            choice = self._ask_call(messages, limit).choices[0]
+            if not self._cut_off_thinking(choice):
+                return choice.message
+        except openai.APITimeoutError:
+            after = "the time that a request has"
+        raise NotJudged(f"the model was still thinking after {after}")
+
+    def _ask_call(self, messages: list[dict[str, Any]], limit: int) -> Any:
+        # Not greedy: a model that is undecided would write blanks between the brackets for ever.
+        request = {"messages": messages, "tools": [TOOL], "temperature": 1, "seed": 0, "max_tokens": limit}
+        try:
+            return self._chat(
+                tool_choice={"type": "function", "function": {"name": TOOL["function"]["name"]}}, **request
+            )
+        except openai.InternalServerError:
+            # vLLM fails at a forced call that ends while the model thinks (vllm-project/vllm#40147). What it thinks is the same
+            # without the force.
+            answer = self._chat(tool_choice="none", **request)
+            if not self._cut_off_thinking(answer.choices[0]):
+                raise
+            return answer
+
+    def _cut_off_thinking(self, choice: Any, or_later: bool = False) -> bool:
+        """Whether the tokens ended while the model thought, or in what came after its thoughts."""
+        if choice.finish_reason != "length" or not self._thought(choice.message):
+            return False
+        calls = choice.message.tool_calls or []
+        return or_later or not (choice.message.content or any(call.function.arguments for call in calls))
 
     def embeddings(self) -> str:
         data = self.client.embeddings.create(model=self.model, input=TEXTS).data
@@ -181,11 +235,13 @@ class Proof:
         raise Failed("a wrong key was let in")
 
     @staticmethod
-    def _said(message: Any) -> str:
-        # A reasoning model may spend all its tokens on thinking, under a name that changed.
-        return (
-            message.content or getattr(message, "reasoning", None) or getattr(message, "reasoning_content", None) or ""
-        )
+    def _thought(message: Any) -> str:
+        # Under a name that changed.
+        return getattr(message, "reasoning", None) or getattr(message, "reasoning_content", None) or ""
+
+    def _said(self, message: Any) -> str:
+        # A reasoning model may spend all its tokens on thinking.
+        return message.content or self._thought(message)
 
     @staticmethod
     def _told(answer: str) -> str:
@@ -197,13 +253,19 @@ class Proof:
         start = time.monotonic()
         try:
             ok, detail = True, getattr(self, name)()
-        except NotOffered as error:
-            ok, detail = True, f"not offered: {error}"
+        except (NotOffered, NotJudged) as error:
+            ok, detail = True, f"{error.kind}: {error}"
         except (Failed, openai.OpenAIError) as error:
             ok, detail = False, str(error)
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             ok, detail = False, f"the answer has not the form of the OpenAI API: {error!r}"
         return {"name": name, "ok": ok, "detail": detail[:300], "ms": round(1000 * (time.monotonic() - start))}
+
+
+def told(check: dict[str, Any]) -> str:
+    """A check that has passed, and whether as a proof."""
+    kind = next((kind for kind in (NotOffered.kind, NotJudged.kind) if check["detail"].startswith(f"{kind}: ")), "")
+    return f"{check['name']} ({kind})" if kind else check["name"]
 
 
 def is_own(host: str) -> bool:
@@ -235,6 +297,7 @@ class ActionModule(ActionBase):
                 "task": {"type": "str", "choices": list(CHECKS), "default": "generate"},
                 "tool_calls": {"type": "bool", "default": False},
                 "ca_pem": {"type": "str"},
+                "refusal": {"type": "str", "default": ""},
                 "required": {"type": "bool", "default": False},
                 "timeout": {"type": "int", "default": 120},
             }
@@ -246,10 +309,21 @@ class ActionModule(ActionBase):
                 f"base_url is {params['base_url']!r}: give the address up to and with /v1, such as http://127.0.0.1:8000/v1"
             )
         if self._task.check_mode:
-            return {**result, "skipped": True, "msg": "nothing is sent in check mode"}
+            return {
+                **result,
+                "skipped": True,
+                "msg": "nothing is sent in check mode",
+                "told": "not asked in check mode",
+            }
         if openai is None:
             missing = "openai is not installed for the Python that runs Ansible: pip install openai (requirements.txt)"
-            return {**result, "failed": params["required"], "skipped": not params["required"], "msg": missing}
+            return {
+                **result,
+                "failed": params["required"],
+                "skipped": not params["required"],
+                "msg": missing,
+                "told": missing,
+            }
         result["sdk"] = openai.__version__
         key = self._read(params["api_key_file"], secret=True).strip()
         try:
@@ -257,7 +331,8 @@ class ActionModule(ActionBase):
                 result["via"] = via
                 result["checks"] = self._prove(params, url, address, key)
         except Unreachable as error:
-            return {**result, "failed": params["required"], "skipped": not params["required"], "msg": str(error)}
+            said = {"msg": str(error), "told": str(error)}
+            return {**result, "failed": params["required"], "skipped": not params["required"], **said}
         for check in result["checks"]:
             check["detail"] = check["detail"].replace(key, "********")
         if failed := [f"{check['name']} ({check['detail']})" for check in result["checks"] if not check["ok"]]:
@@ -266,6 +341,7 @@ class ActionModule(ActionBase):
                 "failed": True,
                 "msg": f"{params['base_url']} does not hold for the openai SDK: {'; '.join(failed)}",
             }
+        result["told"] = ", ".join(map(told, result["checks"]))
         return result
 
     def _prove(self, params: dict[str, Any], url: Any, address: tuple[str, int], key: str) -> list[dict[str, Any]]:
@@ -282,6 +358,10 @@ class ActionModule(ActionBase):
                 base_url=base_url, api_key=key, max_retries=0, timeout=params["timeout"], http_client=transport
             )
             proof = Proof(client, params["model"], params["tool_calls"])
+            if params["refusal"] and proof.is_refused(params["refusal"]):
+                raise Unreachable(
+                    f"{params['base_url']} was not asked: it does not let the address in that the controller comes from"
+                )
             return [proof.check(name) for name in CHECKS[params["task"]]]
 
     def _read(self, path: str, secret: bool = False) -> str:

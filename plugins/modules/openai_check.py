@@ -55,6 +55,12 @@ options:
     type: list
     elements: str
     default: [/health]
+  refusal:
+    description:
+      - The message with which a proxy before the endpoint refuses this host's address (HTTP 403). Then nothing is asked, and the
+        task is skipped and says so. Any other 403 is judged as an answer of the endpoint.
+    type: str
+    default: ""
   prompt:
     description: What to ask.
     type: str
@@ -97,6 +103,11 @@ checks:
   returned: always
   type: list
   elements: dict
+told:
+  description: The checks in one line, or why there are none.
+  returned: success
+  type: str
+  sample: health, models, chat (not offered)
 """
 
 import json
@@ -159,6 +170,16 @@ class Endpoint:
             return json.loads(text)
         except ValueError:
             raise Failed("%s: the answer is no JSON: %s" % (path, text[:200]))
+
+    def refuses(self):
+        """Whether a proxy before the endpoint lets this address not in."""
+        if not self.params["refusal"]:
+            return False
+        try:
+            status, text = self.send(self.base + "/models")
+            return status == 403 and json.loads(text)["error"]["message"] == self.params["refusal"]
+        except (Failed, KeyError, TypeError, ValueError):
+            return False  # which the checks tell of
 
     def request(self, **extra):
         return dict(model=self.params["model"], max_tokens=self.params["max_tokens"], temperature=0, **extra)
@@ -279,6 +300,7 @@ def main():
             "ca_file": {"type": "path"},
             "closed_paths": {"type": "list", "elements": "str", "default": []},
             "open_paths": {"type": "list", "elements": "str", "default": ["/health"]},
+            "refusal": {"type": "str", "default": ""},
             "prompt": {"type": "str", "default": "Say hello."},
             "max_tokens": {"type": "int", "default": 16, "no_log": False},
             "timeout": {"type": "int", "default": 120},
@@ -294,7 +316,7 @@ def main():
             % params["base_url"]
         )
     if module.check_mode:
-        module.exit_json(changed=False, skipped=True, checks=[], answer="")
+        module.exit_json(changed=False, skipped=True, checks=[], answer="", told="not asked in check mode")
     key = params["api_key"]
     if params["api_key_file"]:
         try:
@@ -311,16 +333,19 @@ def main():
         endpoint = Endpoint(params, key)
     except (IOError, OSError) as error:
         module.fail_json(msg="cannot read a certificate from %s: %s" % (params["ca_file"], error))
+    if endpoint.refuses():
+        message = "%s was not asked: it does not let the address of this host in" % params["base_url"]
+        module.exit_json(changed=False, skipped=True, msg=message, told=message, checks=[], answer="")
     wanted = params["checks"] or ["health", "models"] + OFFERED[params["task"]] + ["wrong_key", "closed"]
     checks = [run(endpoint, name) for name in wanted]
     failed = [check for check in checks if not check["ok"]]
     if failed:
         lines = ["%s (%s)" % (check["name"], check["detail"]) for check in failed]
         module.fail_json(msg="%s does not hold: %s" % (params["base_url"], "; ".join(lines)), checks=checks)
-    answers = dict(
-        (check["name"], check["detail"]) for check in checks if not check["detail"].startswith("not offered")
-    )
-    module.exit_json(changed=False, checks=checks, answer=answers.get("chat", answers.get("completion", "")))
+    offered = [check for check in checks if not check["detail"].startswith("not offered: ")]
+    answers = dict((check["name"], check["detail"]) for check in offered)
+    told = ", ".join(check["name"] + ("" if check in offered else " (not offered)") for check in checks)
+    module.exit_json(changed=False, checks=checks, told=told, answer=answers.get("chat", answers.get("completion", "")))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,12 @@ options:
   ca_pem:
     description: Certificates (PEM) that the endpoint's own is checked with. Left out, the controller's are taken.
     type: str
+  refusal:
+    description:
+      - The message with which a proxy before the endpoint refuses the address that asks (HTTP 403). Such an endpoint cannot be
+        reached from here. Any other 403 is judged as an answer of the endpoint.
+    type: str
+    default: ""
   required:
     description: Whether it is a failure when openai is not installed on the controller, or the endpoint cannot be reached from it.
     type: bool
@@ -80,6 +86,11 @@ sdk:
   description: Version of the openai package; empty when it is not there.
   returned: always
   type: str
+told:
+  description: The checks in one line, or why there are none.
+  returned: success
+  type: str
+  sample: models, completion, chat, stream, tool_call (not judged), wrong_key
 via:
   description: V(direct) or V(ssh), or nothing when the endpoint was not asked.
   returned: always

@@ -121,6 +121,15 @@ def test_a_role_gives_its_own_options_no_other_value(role: str) -> None:
     assert not given & set(defaults(role))
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_a_role_does_not_register_over_its_variables(role: str) -> None:
+    """What was registered, in any of its files, stays for the run and is above the variables of tasks, but for those of includes."""
+    found = [task for path in (ROOT / "roles" / role / "tasks").glob("*.yml") for task in mappings(load(path))]
+    own = [task for task in found if not {"ansible.builtin.include_tasks", "ansible.builtin.include_role"} & set(task)]
+    given = {name for task in own for name in task.get("vars") or {}}
+    assert given.isdisjoint(task["register"] for task in found if isinstance(task.get("register"), str))
+
+
 # ---- variables that nothing reads ----
 
 DEFINING = ("vars", "ansible.builtin.set_fact")  # keys of these are names of variables

@@ -27,3 +27,13 @@ def test_clients_are_told_so(host):
     ]
     assert "ssl" not in host.file("/etc/vllm-proxy/nginx.conf").content_string
     assert not host.file("/etc/vllm-proxy/tls/certificate.pem").exists
+
+
+def test_selinux_standin_is_asked_for_what_it_lacks(host):
+    """8443 is nginx's in its policy."""
+    state = json.loads(host.file("/usr/local/sbin/selinux.json").content_string)
+    assert state["calls"] == [
+        ["setsebool", "-P", "httpd_can_network_connect", "on"],
+        ["semanage", "port", "-a", "-t", "http_port_t", "-p", "tcp", "8444"],
+    ]
+    assert json.loads(host.file("/etc/vllm-proxy/selinux_ports").content_string) == [8444]

@@ -12,7 +12,7 @@ import openai
 import pytest
 from support import ROOT, run
 
-from ansible_collections.baremetal.vllm.plugins.action.openai_sdk_check import CHECKS, Proof, is_own
+from ansible_collections.baremetal.vllm.plugins.action.openai_sdk_check import CHECKS, Proof, is_own, told
 from ansible_collections.baremetal.vllm.tests.fakes.openai_server import OpenAiServer, as_events, as_json, chunk
 from ansible_collections.baremetal.vllm.tests.fakes.server import Answer
 
@@ -25,9 +25,11 @@ def server() -> Iterator[OpenAiServer]:
         yield server
 
 
-def prove(server: OpenAiServer, task: str = "generate", tool_calls: bool = True) -> dict[str, tuple[bool, str]]:
+def prove(
+    server: OpenAiServer, task: str = "generate", tool_calls: bool = True, timeout: int = 5
+) -> dict[str, tuple[bool, str]]:
     """Name of a check -> whether it held, and what was seen."""
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0, timeout=5)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0, timeout=timeout)
     proof = Proof(client, server.model, tool_calls)
     return {check["name"]: (check["ok"], check["detail"]) for check in map(proof.check, CHECKS[task])}
 
@@ -58,6 +60,54 @@ def test_tool_calls_that_are_none(server: OpenAiServer) -> None:
     assert seen["tool_call"][0]
     assert seen["tool_call"][1].startswith("not offered: ")
     assert not prove(server, tool_calls=True)["tool_call"][0]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+@pytest.mark.parametrize(
+    ("thoughts", "room", "seen"),
+    [
+        (100, 8192, "get_weather(Oslo), then"),
+        (1000, 8192, "get_weather(Oslo), then"),
+        (1000, 2048, "get_weather(Oslo), then"),
+        (3000, 2048, "not judged: the model was still thinking after 1948 tokens"),
+        (9000, 16384, "not judged: the model was still thinking after 4096 tokens"),
+    ],
+)
+def test_standin_that_thinks_before_it_calls(
+    server: OpenAiServer, thoughts: int, room: int, seen: str, name: str, fails: bool
+) -> None:
+    """A cut-off among its thoughts is no failure, whichever way the release shows it, and more tokens are given first."""
+    server.thoughts, server.thoughts_as, server.max_model_len, server.fails_in_thought = thoughts, name, room, fails
+    ok, detail = prove(server)["tool_call"]
+    assert ok and detail.startswith(seen), detail
+    assert told({"name": "tool_call", "detail": detail}) == "tool_call" + " (not judged)" * detail.startswith("not")
+
+
+def test_standin_that_thinks_for_longer_than_a_request_may_take(server: OpenAiServer) -> None:
+    server.thoughts, server.answers_up_to = 1000, 300
+    assert prove(server, timeout=1)["tool_call"] == (
+        True,
+        "not judged: the model was still thinking after the time that a request has",
+    )
+
+
+def cut_off(**message: Any) -> Answer:
+    return as_json({"choices": [{"index": 0, "finish_reason": "length", "message": {"content": None, **message}}]})
+
+
+def test_other_cut_offs_are_failures(server: OpenAiServer) -> None:
+    """Without thoughts, or in the call that came after them. A server that fails at any call is no thinker either."""
+    called = [{"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "'}}]
+    for answer, words in (
+        (cut_off(content=" "), "no tool call"),
+        (cut_off(), "no tool call"),
+        (cut_off(reasoning="hmm", tool_calls=called), "no JSON"),
+        (Answer(500, b"EngineDeadError"), "500"),
+    ):
+        server.overrides[CHAT] = answer
+        ok, detail = prove(server)["tool_call"]
+        assert not ok and words in detail, detail
 
 
 @pytest.mark.parametrize(
@@ -116,9 +166,23 @@ def test_through_ansible(tmp_path: Path, server: OpenAiServer) -> None:
     output = play(tmp_path, server, "-vvvv", "--diff")
     assert "failed=0" in output
     assert "via: direct" in output
+    assert "told: models, completion, chat, stream, tool_call, wrong_key" in output
     assert f"sdk: {openai.__version__}" in output
     server.overrides[CHAT] = as_json({"error": f"no Bearer {server.key}"}, 500)
     assert "does not hold for the openai SDK: chat (" in " ".join(play(tmp_path, server).split())
+
+
+REFUSAL = "Your address is not allowed"
+
+
+def test_a_proxy_that_refuses_this_address_is_not_judged(tmp_path: Path, server: OpenAiServer) -> None:
+    """By its own message, where that may come: any other refusal is a failure, and so is this one with required."""
+    server.refusal = as_json({"error": {"message": REFUSAL, "type": "PermissionError", "code": 403}}, 403)
+    output = play(tmp_path, server, refusal=REFUSAL)
+    assert "skipped=1" in output and "failed=0" in output
+    assert f"{server.url}/v1 was not asked: it does not let the address in" in " ".join(output.split())
+    for params in ({}, {"refusal": "another"}, {"refusal": REFUSAL, "required": True}):
+        assert "failed=1" in play(tmp_path, server, **params)
 
 
 def test_nothing_is_asked_in_check_mode(tmp_path: Path, server: OpenAiServer) -> None:

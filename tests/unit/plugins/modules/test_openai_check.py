@@ -307,3 +307,40 @@ def test_a_model_without_a_chat_template(check: Callable[..., Any], server: Open
     assert result["answer"] == "amber anchor"
     details = {one["name"]: one["detail"] for one in result["checks"]}
     assert details["chat"] == details["stream"] == "not offered: the model has no chat template"
+
+
+REFUSAL = "Your address is not allowed"
+
+
+def refused(message: str = REFUSAL, status: int = 403) -> Answer:
+    return as_json({"error": {"message": message, "type": "PermissionError", "code": status}}, status)
+
+
+def test_a_proxy_that_refuses_this_address_is_not_judged(check: Callable[..., Any], server: OpenAiServer) -> None:
+    server.refusal = refused()
+    result = check(refusal=REFUSAL)
+    assert (result["skipped"], result["checks"]) == (True, [])
+    assert (
+        result["msg"] == result["told"] == f"{server.url}/v1 was not asked: it does not let the address of this host in"
+    )
+    assert failing(check()), "nobody has said that it may refuse"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        refused("The key may not do this"),
+        refused(status=404),
+        Answer(403, b"<html><h1>403 Forbidden</h1> Your address is not allowed</html>"),
+        as_json({"error": REFUSAL}, 403),
+        as_json([], 403),
+        Answer(hang_up=True),
+    ],
+)
+def test_any_other_refusal_is_a_failure(check: Callable[..., Any], server: OpenAiServer, answer: Answer) -> None:
+    server.refusal = answer
+    assert {"health", "models"} <= set(failing(check(refusal=REFUSAL)))
+
+
+def test_with_a_refusal_that_does_not_come(check: Callable[..., Any]) -> None:
+    assert check(refusal=REFUSAL)["told"] == ", ".join(ALL)
