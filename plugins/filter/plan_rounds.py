@@ -81,7 +81,8 @@ def plan_rounds(plan: dict[str, Any], records: list[dict[str, str]]) -> dict[str
             gpus = {host: pins.get("gpus") or row["gpus"].get(host, []) for host in pins["hosts"]}
             before = _places(pins, gpus)
         frees[name], takes[name] = _more(before, after), _more(after, before)
-    left, rounds = [row["name"] for row in plan["services"]], {}
+    left = [row["name"] for row in plan["services"]]
+    rounds: dict[str, int] = {}
     while left:
         # Where services wait for each other in a circle, one has to begin.
         ready = [

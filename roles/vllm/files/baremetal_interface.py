@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Tells the name of the interface that has an address. A boot may name interfaces anew, as after another kernel or driver.
 
-    baremetal_interface.py ADDRESS NAME     prints NAME when no interface has the address
+``baremetal_interface.py ADDRESS NAME`` prints NAME when no interface has the address.
 """
 
 import array
