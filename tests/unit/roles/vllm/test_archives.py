@@ -41,7 +41,20 @@ def test_an_image_of_an_archive(
         },
         "__vllm_readiness": {"prepared": True, "missing": []},
         "__vllm_host_files": [],
-        "__vllm_probe": {"fingerprints": {}},
+        "__vllm_probe": {"fingerprints": {}, "users": ["vllm"]},
         "__vllm_manager": "systemd",
     }
     assert render("{{ __vllm_installed }}", **variables) is installed
+
+
+def test_a_user_that_is_missing_is_something_to_install(
+    render: Callable[..., Any], role_vars: Callable[..., dict[str, Any]]
+) -> None:
+    known = {
+        "__vllm_readiness": {"prepared": True, "missing": []}, "__vllm_all": [], "__vllm_images": [], "__vllm_archives": [],
+        "__vllm_host_files": [], "__vllm_manager": "systemd",
+    }  # fmt: skip
+    variables = {**role_vars("vllm", "main"), **known}
+    for users, installed in ((["vllm"], True), ([], False)):
+        seen = {"fingerprints": {}, "users": users}
+        assert render("{{ __vllm_installed }}", **variables, __vllm_probe=seen) is installed
