@@ -223,6 +223,7 @@ class Nodes:
             "vllm_services": [service],
             "vllm_ray_wheels": "/srv/wheels",
             "vllm_container_gpus": "request",
+            "vllm_container_options": ["--ulimit=memlock=65536:65536"],  # these engines may not raise limits
             "vllm_interconnect_firewall": "nftables",
             "vllm_interconnect_check": False,  # there is no GPU that could compute a sum
             "preflight_allow_untested_distribution": True,

@@ -41,6 +41,11 @@ VALUES = {
         ("ValueError: The repository /m contains custom code which must be executed", "trust_remote_code of the service"),
         ("docker: Error response from daemon: could not select device driver", "nvidia_container_toolkit"),
         ("invalid mount config: bind source path does not exist: /srv/loras/x.", "/srv/loras/x. is named by the service"),
+        (
+            "runc create failed: error during container init: error setting rlimits for ready process: error setting rlimit type 8: "
+            "operation not permitted: unknown.",
+            "may not let containers lock memory",
+        ),
         ("RuntimeError: Failed to find C compiler. Please specify via CC", "Install gcc"),
     ],
 )  # fmt: skip
