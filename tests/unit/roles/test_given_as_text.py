@@ -42,9 +42,11 @@ def test_teardown_removes_data_by_consent_alone(tmp_path: Path, said: str, kept:
 @pytest.mark.parametrize(("said", "records"), [("false", []), ("true", [{"/etc/vllm/chat/plan.json": "{}"}])])
 def test_plans_are_kept_as_asked(render: Callable[..., Any], said: str, records: list[dict[str, str]]) -> None:
     here = {"__vllm_records": {"files": {"/etc/vllm/chat/plan.json": "{}"}}}
-    kept = task("vllm/tasks/plan.yml", "Plan the services")["vars"]["__vllm_kept"]
+    words = task("vllm/tasks/plan.yml", "Plan the services")["vars"]
     given = {"ansible_play_hosts": ["one"], "hostvars": {"one": here}, "vllm_keep_plan": said}
-    assert list(render(kept, **given)) == records
+    known = list(render(words["__vllm_known"], **given))
+    assert known == [{"/etc/vllm/chat/plan.json": "{}"}]
+    assert list(render(words["__vllm_kept"], **given, __vllm_known=known)) == records
 
 
 @pytest.mark.parametrize(
