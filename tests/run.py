@@ -78,7 +78,7 @@ STAGES: dict[str, list[Gate]] = {
 }
 ON_DEMAND = {"vm"}
 # Stages of a lane run one after the other.
-LANES = (("lint", "unit", "quality", "integration"), ("molecule", "vm"))
+LANES = (("lint", "unit", "integration"), ("quality", "molecule", "vm"))
 _running: set[subprocess.Popen[bytes]] = set()
 _printing, _stopping = threading.Lock(), threading.Event()
 
