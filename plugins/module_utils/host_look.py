@@ -84,6 +84,15 @@ def read(path):
         return ""
 
 
+def listening_sockets(process="self"):
+    """(address as the kernel writes it, port, inode) of each TCP socket that listens in the network of a process."""
+    for table in ("tcp", "tcp6"):
+        for cells in (line.split() for line in read("/proc/%s/net/%s" % (process, table)).splitlines()[1:]):
+            if cells[3] == "0A":  # the state LISTEN
+                address, port = cells[1].rsplit(":", 1)
+                yield address, int(port, 16), cells[9]
+
+
 def sha256(path):
     """Content of a file by its checksum, as what it holds may be secret. Empty where there is no file."""
     try:

@@ -159,9 +159,8 @@ import re
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import names_of
+from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import listening_sockets, names_of
 
-LISTEN = "0A"  # state column of /proc/net/tcp
 ASK_PYTHON = (
     "import json, os, sys, importlib.util as u, sysconfig as c;"
     "print(json.dumps([sys.executable, '.'.join(map(str, sys.version_info[:3])), bool(u.find_spec('ensurepip')),"
@@ -261,17 +260,7 @@ def living_pid(path):
 
 def listening_inodes(ports):
     """Port -> inode of a socket that listens on it."""
-    found = {}
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        try:
-            lines = read(table).splitlines()[1:]
-        except (IOError, OSError):
-            continue
-        for cells in (line.split() for line in lines):
-            port = int(cells[1].rsplit(":", 1)[1], 16)
-            if cells[3] == LISTEN and port in ports:
-                found[port] = cells[9]
-    return found
+    return dict((port, inode) for dummy, port, inode in listening_sockets() if port in ports)
 
 
 def owners(inodes, folders=()):

@@ -87,17 +87,10 @@ import time
 
 from ansible.module_utils.basic import AnsibleModule
 
-LISTEN = "0A"  # state column of /proc/net/tcp
+from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import listening_sockets, read
+
 COMMANDS = {"started": "start", "reloaded": "reload-or-restart", "restarted": "restart"}
 SEVERE = re.compile(r"\[(?:emerg|alert|crit|error)\] .*")
-
-
-def read(path):
-    try:
-        with open(path, "rb") as handle:
-            return handle.read().decode("utf-8", "replace")
-    except (IOError, OSError):
-        return ""  # the process has gone
 
 
 def planned(bind, ports):
@@ -123,13 +116,7 @@ def listening(pid):
             continue  # closed by now
         if match:
             inodes.add(match.group(1))
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for cells in (line.split() for line in read("/proc/%d/net/%s" % (pid, table)).splitlines()[1:]):
-            if cells[3] == LISTEN and cells[9] in inodes:
-                text, port = cells[1].rsplit(":", 1)
-                found.add((address(text), int(port, 16)))
-    return found
+    return {(address(text), port) for text, port, inode in listening_sockets(pid) if inode in inodes}
 
 
 def workers(pid):

@@ -143,7 +143,7 @@ from urllib.request import ProxyHandler, build_opener
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import names_of
+from ansible_collections.baremetal.vllm.plugins.module_utils.host_look import listening_sockets, names_of
 
 # The line that says why: an exception at the end of a traceback, the argument parser's complaint, or what pydantic found
 # (its exception only counts errors). Before it, which processes pass it on.
@@ -197,16 +197,8 @@ def healthy(opener, url):
 
 def listens(folder, port):
     """Whether a process that works in the folder listens on the port."""
-    inodes, names = set(), names_of(folder)
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        try:
-            with open(table) as handle:
-                rows = [line.split() for line in handle.readlines()[1:]]
-        except (IOError, OSError):
-            continue
-        inodes.update(
-            "socket:[%s]" % row[9] for row in rows if row[3] == "0A" and int(row[1].rsplit(":", 1)[1], 16) == port
-        )
+    names = names_of(folder)
+    inodes = {"socket:[%s]" % inode for dummy, its_port, inode in listening_sockets() if its_port == port}
     for link in glob.glob("/proc/[0-9]*/cwd") if inodes else []:
         try:
             if os.readlink(link) in names:
