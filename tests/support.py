@@ -10,10 +10,39 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# What role vllm gives host_services of a host with systemd, for services on one host.
+SERVICE_SETTINGS: dict[str, Any] = {
+    "root": "/opt/vllm",
+    "config_dir": "/etc/vllm",
+    "state_dir": "/var/lib/vllm",
+    "log_dir": "/var/log/vllm",
+    "bind": "127.0.0.1",
+    "start_timeout": 900,
+    "drain_timeout": 60,
+    "user": "vllm",
+    "architecture": "x86_64",
+    "gpu": {"gpus": [], "cpu": {"memory_available_mib": 30000, "memory_own_mib": 0}},
+    "container": {
+        "mirror": "",
+        "images": {},
+        "gpus": "request",
+        "shm_size": "10g",
+        "nofile": 1048576,
+        "log_options": {"max-size": "50m"},
+        "options": [],
+    },
+    "open_paths": ["/health", "/metrics"],
+    "python": "",
+    "host_python": "/usr/bin/python3",
+    "manager": "systemd",
+    "supervisor_dir": "/opt/vllm/supervisor",
+    "supervisorctl": ["/opt/vllm/tools/bin/supervisorctl", "--configuration=/x"],
+}
 
 
 def run(command: Sequence[str | Path], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:

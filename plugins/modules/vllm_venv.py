@@ -170,7 +170,9 @@ def install_with_uv(module, params):
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as overrides:
         overrides.write("".join("%s; sys_platform == 'never'\n" % name for name in params["without"] or []))
         overrides.flush()
-        command = ["pip", "install", "--python", python, "--override", overrides.name] + options + params["packages"]
+        # As pip does by itself. Servers run as a user who may not write there: each of their processes would compile all anew.
+        command = ["pip", "install", "--python", python, "--override", overrides.name, "--compile-bytecode"]
+        command += options + params["packages"]
         code, output, errors = call(command)
         if code != 0 and params["torch_backend"] and "torch" in errors:
             code, output, more = call(command, UV_TORCH_BACKEND=params["torch_backend"])

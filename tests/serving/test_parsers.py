@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support import SERVICE_SETTINGS
 
 from ansible_collections.baremetal.vllm.plugins.filter.host_services import host_services
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.hardware import hosts_from_text
@@ -38,24 +39,6 @@ RELEASES = {
 }
 # Compiled parts that no parser needs.
 WITHOUT = ["cupy-cuda12x", "flashinfer-python", "torchaudio", "torchcodec", "torchvision", "triton", "xformers"]
-SETTINGS: dict[str, Any] = {
-    "root": "/opt/vllm",
-    "config_dir": "/etc/vllm",
-    "state_dir": "/var/lib/vllm",
-    "log_dir": "/var/log/vllm",
-    "bind": "127.0.0.1",
-    "start_timeout": 0,
-    "drain_timeout": 60,
-    "user": "vllm",
-    "architecture": "x86_64",
-    "gpu": {"gpus": []},
-    "container": {"mirror": "", "images": {}, "gpus": "request", "shm_size": "10g", "nofile": 1, "log_options": {}, "options": []},
-    "open_paths": ["/health"],
-    "python": "",
-    "manager": "systemd",
-    "supervisor_dir": "",
-    "supervisorctl": [],
-}  # fmt: skip
 
 
 @functools.cache
@@ -116,7 +99,7 @@ def commands(services: list[dict[str, Any]], hosts: list[dict[str, Any]]) -> lis
     found = []
     for number, host in enumerate(hosts):
         settings = {
-            **SETTINGS,
+            **SERVICE_SETTINGS,
             "hosts": [row["name"] for row in hosts],
             "network": {
                 row["name"]: {"address": f"10.0.0.{rank + 1}", "interface": "eth0"} for rank, row in enumerate(hosts)

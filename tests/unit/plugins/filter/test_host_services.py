@@ -6,39 +6,13 @@ from typing import Any
 
 import pytest
 from ansible.errors import AnsibleFilterError
+from support import SERVICE_SETTINGS
 
 from ansible_collections.baremetal.vllm.plugins.filter.host_services import host_services, image_reference
 from ansible_collections.baremetal.vllm.plugins.filter.vllm_plan import vllm_plan
 from ansible_collections.baremetal.vllm.plugins.module_utils import random_llama
 from ansible_collections.baremetal.vllm.plugins.plugin_utils import multi_host
 
-SETTINGS = {
-    "root": "/opt/vllm",
-    "config_dir": "/etc/vllm",
-    "state_dir": "/var/lib/vllm",
-    "log_dir": "/var/log/vllm",
-    "bind": "127.0.0.1",
-    "start_timeout": 900,
-    "drain_timeout": 60,
-    "user": "vllm",
-    "architecture": "x86_64",
-    "gpu": {"gpus": [], "cpu": {"memory_available_mib": 30000, "memory_own_mib": 0}},
-    "container": {
-        "mirror": "",
-        "images": {},
-        "gpus": "request",
-        "shm_size": "10g",
-        "nofile": 1048576,
-        "log_options": {"max-size": "50m"},
-        "options": [],
-    },
-    "open_paths": ["/health", "/metrics"],
-    "python": "",
-    "host_python": "/usr/bin/python3",
-    "manager": "systemd",
-    "supervisor_dir": "/opt/vllm/supervisor",
-    "supervisorctl": ["/opt/vllm/tools/bin/supervisorctl", "--configuration=/x"],
-}
 CPU = {"cores": 8, "memory_total_mib": 32000, "memory_available_mib": 30000}
 HOSTS = [{"name": name, "device": "cpu", "gpus": [], "links": [], "cpu": CPU} for name in ("one", "two")]
 
@@ -59,7 +33,7 @@ def service(**fields: Any) -> dict[str, Any]:
 def here(host: str = "one", *services: dict[str, Any], **settings: Any) -> list[dict[str, Any]]:
     """What runs on a host, by a real plan."""
     asked = list(services) or [service(hosts=["one"])]
-    return host_services(vllm_plan(asked, HOSTS), host, asked, {**SETTINGS, **settings})
+    return host_services(vllm_plan(asked, HOSTS), host, asked, {**SERVICE_SETTINGS, **settings})
 
 
 def test_under_systemd() -> None:
@@ -84,7 +58,7 @@ def test_under_systemd() -> None:
 def test_under_supervisor() -> None:
     (svc,) = here(manager="supervisor")
     assert svc["unit_file"] == "/opt/vllm/supervisor/conf.d/vllm-chat.conf"
-    assert svc["pid_command"] == [*SETTINGS["supervisorctl"], "pid", "vllm-chat"]
+    assert svc["pid_command"] == [*SERVICE_SETTINGS["supervisorctl"], "pid", "vllm-chat"]
     assert svc["log_command"] == ["tail", "--lines=4000", "/var/log/vllm/chat.log"]
 
 
@@ -111,14 +85,14 @@ def test_an_engine_that_takes_its_model_as_an_option() -> None:
     plan = vllm_plan([service()], HOSTS)
     plan["services"][0]["instances"][0]["args"] = ["--model", "/m", "--port", "8000"]
     host = plan["services"][0]["instances"][0]["hosts"][0]
-    assert host_services(plan, host, [service()], SETTINGS)[0]["command"][3:5] == ["--model", "/m"]
+    assert host_services(plan, host, [service()], SERVICE_SETTINGS)[0]["command"][3:5] == ["--model", "/m"]
 
 
 def test_the_environment() -> None:
     plan = vllm_plan([service()], HOSTS)
     instance = plan["services"][0]["instances"][0]
     instance["env"] = {"VLLM_CPU_KVCACHE_SPACE": 4, "VLLM_NO_USAGE_STATS": "0"}
-    (svc,) = host_services(plan, instance["hosts"][0], [service()], SETTINGS)
+    (svc,) = host_services(plan, instance["hosts"][0], [service()], SERVICE_SETTINGS)
     assert svc["env"] == {
         "BAREMETAL_OPEN_PATHS": "/health /metrics",
         "DO_NOT_TRACK": "1",
@@ -170,12 +144,12 @@ def test_each_host_has_its_own() -> None:
 
 
 def test_nothing_planned() -> None:
-    assert host_services({"services": [], "problems": ["x"]}, "one", [], SETTINGS) == []
+    assert host_services({"services": [], "problems": ["x"]}, "one", [], SERVICE_SETTINGS) == []
 
 
 def test_in_a_template(render: Callable[..., Any]) -> None:
     asked = [service(hosts=["one"], api_key="sk-secret")]
-    variables = {"plan": vllm_plan(asked, HOSTS), "services": asked, "settings": SETTINGS}
+    variables = {"plan": vllm_plan(asked, HOSTS), "services": asked, "settings": SERVICE_SETTINGS}
     shown = render("{{ plan | baremetal.vllm.host_services('one', services, settings) }}", **variables)
     assert shown[0]["unit"] == "vllm-chat"
     assert "sk-secret" not in str(shown), "it is kept as a fact"
@@ -191,7 +165,7 @@ def test_a_server_sees_its_own_gpus_and_no_others() -> None:
     }
     hosts = [{"name": "one", "gpus": [{**gpu, "index": index, "uuid": f"GPU-{index}"} for index in range(4)]}]
     asked = [service(name="a", gpus=[2]), service(name="b", gpus=[0, 1], port=8001)]
-    found = {svc["name"]: svc for svc in host_services(vllm_plan(asked, hosts), "one", asked, SETTINGS)}
+    found = {svc["name"]: svc for svc in host_services(vllm_plan(asked, hosts), "one", asked, SERVICE_SETTINGS)}
     assert found["a"]["env"]["CUDA_VISIBLE_DEVICES"] == "2"
     assert found["b"]["env"]["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert found["a"]["env"]["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
@@ -203,7 +177,7 @@ def test_slices_are_named_by_their_uuid() -> None:
     plan = vllm_plan(asked, HOSTS)
     for planned in plan["services"]:
         planned["instances"][0].update(gpus={"one": [0]}, gpu_uuids={"one": ["MIG-7", "MIG-8"]})
-    (svc, _) = host_services(plan, "one", asked, SETTINGS)
+    (svc, _) = host_services(plan, "one", asked, SERVICE_SETTINGS)
     assert svc["env"]["CUDA_VISIBLE_DEVICES"] == "MIG-7,MIG-8"
     assert svc["turn"][4:] == ["MIG-7", "MIG-8"]
 
@@ -216,7 +190,7 @@ def test_servers_that_share_gpus_start_one_after_the_other(runtime: str, python:
         service(name="b", gpus=[1], port=8001, **half),
         service(name="alone", gpus=[2], port=8002, runtime=runtime),
     ]
-    found = {svc["name"]: svc for svc in host_services(vllm_plan(asked, [GPU_HOST]), "one", asked, SETTINGS)}
+    found = {svc["name"]: svc for svc in host_services(vllm_plan(asked, [GPU_HOST]), "one", asked, SERVICE_SETTINGS)}
     words = ["/opt/vllm/lib/baremetal_turn.py", "http://127.0.0.1:8000/health", "1200", "1"]
     assert found["a"]["turn"][0].startswith(python) and found["a"]["turn"][1:] == words
     assert found["a"]["standby"]["turn"] == found["a"]["turn"], "it loads beside the other one as well"
@@ -232,7 +206,7 @@ def test_servers_over_several_hosts_wait_for_nobody(monkeypatch: pytest.MonkeyPa
         planned["instances"][0].update(hosts=hosts, gpus={host: [0] for host in hosts})
     monkeypatch.setattr(multi_host, "spans", lambda *_: [{"service": "b", "hosts": ["one", "two"]}])
     monkeypatch.setattr(multi_host, "spread", lambda one, *_: one)
-    assert [svc["turn"] for svc in host_services(plan, "one", asked, SETTINGS)] == [[], []]
+    assert [svc["turn"] for svc in host_services(plan, "one", asked, SERVICE_SETTINGS)] == [[], []]
 
 
 def test_a_services_own_modules_are_found_beside_the_roles() -> None:
@@ -259,8 +233,8 @@ GPU_HOST = {"name": "one", "gpus": [{**GPU, "index": index, "uuid": f"GPU-{index
 
 def in_container(*, gpus: str = "request", facts: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
     asked = [service(**{"runtime": "container", "gpus": [1, 2], "tensor_parallel_size": 1, **fields})]
-    options = {**SETTINGS["container"], "gpus": gpus}
-    settings = {**SETTINGS, "container": options, "gpu": facts or {"gpus": GPU_HOST["gpus"], "cpu": {}}}
+    options = {**SERVICE_SETTINGS["container"], "gpus": gpus}
+    settings = {**SERVICE_SETTINGS, "container": options, "gpu": facts or {"gpus": GPU_HOST["gpus"], "cpu": {}}}
     (svc,) = host_services(vllm_plan(asked, [GPU_HOST]), "one", asked, settings)
     return svc
 
@@ -357,7 +331,7 @@ class TestContainer:
         labels = []
         for digit in "ab":
             images = {image: {"archive": "/a.tar", "checksum": "sha256:" + digit * 64}}
-            settings = {**SETTINGS, "container": {**SETTINGS["container"], "images": images}}
+            settings = {**SERVICE_SETTINGS, "container": {**SERVICE_SETTINGS["container"], "images": images}}
             settings["gpu"] = {"gpus": GPU_HOST["gpus"], "cpu": {}}
             (svc,) = host_services(vllm_plan(asked, [GPU_HOST]), "one", asked, settings)
             labels.append([word for word in svc["run_options"] if word.startswith("--label=baremetal.vllm.archive=")])

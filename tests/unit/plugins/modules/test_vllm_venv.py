@@ -125,6 +125,17 @@ def test_made_once_and_anew_for_another_version(uv: str, venv: Callable[..., Any
 
 
 @pytest.mark.client
+def test_python_files_are_compiled(uv: str, venv: Callable[..., Any], tmp_path: Path) -> None:
+    """The servers' user may not write there, so that nothing else would ever do it."""
+    venv(uv, "tinyvllm==1.0")
+    packages = next((tmp_path / "venv/lib").glob("python*")) / "site-packages"
+    assert sorted(path.name.partition(".")[0] for path in packages.glob("__pycache__/tiny*.pyc")) == [
+        "tinytorch",
+        "tinyvllm",
+    ]
+
+
+@pytest.mark.client
 def test_another_name_of_the_same_python_changes_nothing(
     stand_in: Callable[..., str], venv: Callable[..., Any], tmp_path: Path
 ) -> None:
