@@ -42,6 +42,7 @@ _value:
 
 import datetime
 import ipaddress
+from typing import Any
 
 # Enough for a site that is looked after once a month.
 DAYS = 30
@@ -53,6 +54,15 @@ def _name(name: str) -> str:
         return str(ipaddress.ip_address(name))
     except ValueError:
         return name.lower()
+
+
+def end_of(certificate: Any) -> datetime.datetime:
+    """When a certificate of C(cryptography) ends."""
+    try:
+        end: datetime.datetime = certificate.not_valid_after_utc
+    except AttributeError:  # cryptography before 42
+        end = certificate.not_valid_after.replace(tzinfo=datetime.timezone.utc)
+    return end
 
 
 def certificate_outdated(pem: str, names: list[str]) -> str:
@@ -72,10 +82,7 @@ def certificate_outdated(pem: str, names: list[str]) -> str:
     lacks = [name for name in names if _name(name) not in has]
     if lacks:
         return f"is not for {', '.join(lacks)}"
-    try:
-        end = certificate.not_valid_after_utc
-    except AttributeError:  # cryptography before 42
-        end = certificate.not_valid_after.replace(tzinfo=datetime.timezone.utc)
+    end = end_of(certificate)
     left = end - datetime.datetime.now(datetime.timezone.utc)
     return f"ends on {end:%Y-%m-%d}" if left < datetime.timedelta(days=DAYS) else ""
 

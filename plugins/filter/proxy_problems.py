@@ -21,7 +21,8 @@ options:
   host:
     description:
       - C(listeners) and C(init) as the probe saw them, C(running), whether the proxy holds its ports itself, C(root), C(tls),
-        and C(given), the files of a certificate and its key on the controller.
+        C(given), the files of a certificate and its key on the controller, and C(pair), what they hold (PEM; empty where a file
+        cannot be read), when both are given. Uses C(cryptography) for these, which ansible-core needs itself.
     type: dict
     required: true
 """
@@ -39,13 +40,44 @@ _value:
   elements: str
 """
 
+import datetime
 import re
 from collections import Counter
 from typing import Any
 
+from ansible_collections.baremetal.vllm.plugins.filter.certificate_outdated import end_of
+
 UPSTREAM = re.compile(r"(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9_.-]+):[0-9]{1,5}")
 # A name becomes part of the proxy's configuration.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+
+
+def _pair_problems(files: list[str], pair: list[str]) -> list[str]:
+    """Why nginx would not start with a certificate and its key, or clients would refuse it."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+
+    given = [f"proxy_tls_certificate_src ({files[0]})", f"proxy_tls_key_src ({files[1]})"]
+    if not all(pair):
+        return [f"{given[0 if not pair[0] else 1]} is no file that can be read on the controller, or is empty"]
+    try:
+        certificate = x509.load_pem_x509_certificate(pair[0].encode())
+    except ValueError:
+        return [f"{given[0]} holds no certificate: give it as PEM, with those between it and its authority behind it"]
+    try:
+        key = serialization.load_pem_private_key(pair[1].encode(), password=None)
+    except TypeError:
+        return [
+            f"{given[1]} has a passphrase, which nobody can enter when the proxy starts: take it off (openssl pkey -in FILE -out NEW)"
+        ]
+    except ValueError:
+        return [f"{given[1]} holds no private key: give it as PEM"]
+    form = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    if certificate.public_key().public_bytes(*form) != key.public_key().public_bytes(*form):
+        return [f"{given[0]} is for another key than {given[1]}: give the key that it was made with"]
+    if (end := end_of(certificate)) < datetime.datetime.now(datetime.timezone.utc):
+        return [f"{given[0]} ended on {end:%Y-%m-%d}, and clients refuse it: give one that is valid"]
+    return []
 
 
 def proxy_problems(services: list[dict[str, Any]], host: dict[str, Any]) -> list[str]:
@@ -82,6 +114,8 @@ def proxy_problems(services: list[dict[str, Any]], host: dict[str, Any]) -> list
             problems.append(f"port {port} of the proxy is taken by {who}: stop it, or take another proxy_port")
     if host["tls"] == "given" and len([path for path in host["given"] if path]) == 1:
         problems.append("proxy_tls_certificate_src and proxy_tls_key_src belong together: give both, or none of them")
+    if host["pair"]:
+        problems += _pair_problems(host["given"], host["pair"])
     return problems
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import jinja2
 import pytest
-from test_host_services import HOSTS, SETTINGS, service
+from support import SERVICE_SETTINGS
+from test_host_services import HOSTS, service
 
 from ansible_collections.baremetal.vllm.plugins.filter.host_services import host_services
 from ansible_collections.baremetal.vllm.plugins.filter.interconnect import interconnect
@@ -32,7 +33,10 @@ def on(host: str, asked: dict[str, Any], hosts: list[dict[str, Any]], **settings
     plan = vllm_plan([asked], hosts)
     assert plan["fits"], plan["problems"]
     (found,) = host_services(
-        plan, host, [asked], {**SETTINGS, "hosts": names, "network": NETWORK, "ray_version": "2.60.0", **settings}
+        plan,
+        host,
+        [asked],
+        {**SERVICE_SETTINGS, "hosts": names, "network": NETWORK, "ray_version": "2.60.0", **settings},
     )
     return found
 
@@ -177,7 +181,7 @@ def test_a_sum_between_hosts_is_computed_with_the_environment_and_the_gpus_of_th
     assert "--env=HF_TOKEN" not in box["run_python"]
 
 
-CONTAINER = {**SETTINGS["container"], "images": {}}  # type: ignore[dict-item]
+CONTAINER = {**SERVICE_SETTINGS["container"], "images": {}}  # type: ignore[dict-item]
 
 
 def contained(asked: dict[str, Any], hosts: list[dict[str, Any]], host: str = "one") -> dict[str, Any]:

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import pytest
 from ansible.errors import AnsibleFilterError
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 
 from ansible_collections.baremetal.vllm.plugins.filter.dify_providers import dify_providers
 from ansible_collections.baremetal.vllm.plugins.filter.proxied_services import proxied_services
@@ -69,6 +74,7 @@ def problems(*services: dict[str, Any], **host: Any) -> list[str]:
         "root": True,
         "tls": "self_signed",
         "given": ["", ""],
+        "pair": [],
     }
     return proxy_problems(list(services), {**state, **host})
 
@@ -106,6 +112,38 @@ def test_no_problem() -> None:
 )
 def test_problems(services: list[dict[str, Any]], host: dict[str, Any], words: str) -> None:
     assert any(words in problem for problem in problems(*services, **host)), problems(*services, **host)
+
+
+def pem(days: int = 2, password: str = "") -> tuple[str, str]:
+    """A certificate that lasts so many days from now, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "gpu1.test")])
+    end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=days)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(end - datetime.timedelta(days=10)).not_valid_after(end)
+    encryption = BestAvailableEncryption(password.encode()) if password else NoEncryption()
+    told = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
+    return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM).decode(), told.decode()
+
+
+def test_a_certificate_that_was_given() -> None:
+    (certificate, key), (_, other), (_, secret), (past, past_key) = pem(), pem(), pem(password="hush"), pem(days=-1)
+
+    def told(*pair: str) -> list[str]:
+        return problems(ONE, tls="given", given=["/c.pem", "/k.pem"], pair=list(pair))
+
+    assert told(certificate, key) == told(certificate + past, key) == []
+    for pair, words in (
+        ((certificate, other), "proxy_tls_certificate_src (/c.pem) is for another key than proxy_tls_key_src (/k.pem)"),
+        ((certificate, ""), "proxy_tls_key_src (/k.pem) is no file that can be read"),
+        ((key, key), "(/c.pem) holds no certificate"),
+        ((certificate, certificate), "(/k.pem) holds no private key"),
+        ((certificate, secret), "has a passphrase"),
+        ((past, past_key), "(/c.pem) ended on 20"),
+    ):
+        (line,) = told(*pair)
+        assert words in line
+        assert "PRIVATE" not in line
 
 
 def test_dify_is_told_of_what_the_proxy_leaves_out() -> None:
