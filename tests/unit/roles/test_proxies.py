@@ -10,7 +10,14 @@ import pytest
 import yaml
 from support import ROOT
 
-ROLES = ["model", "proxy", "ray_cluster", "vllm"]  # the others have blocks with an environment
+ROLES = ["model", "proxy", "ray_cluster", "vllm"]
+WITH_BLOCKS = [
+    "cuda_toolkit",
+    "dify",
+    "docker",
+    "nvidia_container_toolkit",
+    "nvidia_driver",
+]  # that have an environment
 FETCHING = {
     *(f"ansible.builtin.{name}" for name in ("apt", "dnf", "get_url", "git", "package", "pip", "uri")),
     *(f"baremetal.vllm.{name}" for name in ("model_fetch", "model_info", "vllm_venv")),
@@ -46,7 +53,23 @@ def test_what_fetches_goes_through_the_proxy(role: str) -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("role", ROLES)
+def outside(node: Any, wanted: str) -> Iterator[dict[str, Any]]:
+    """Tasks that are in no block with that environment."""
+    for one in node:
+        if one.get("environment") == wanted:
+            continue
+        yield one
+        for name in ("block", "rescue", "always"):
+            yield from outside(one.get(name, []), wanted)
+
+
+def test_dify_is_fetched_through_the_proxy() -> None:
+    node = yaml.safe_load((ROOT / "roles/dify/tasks/main.yml").read_text())
+    assert [task["name"] for task in outside(node, "{{ __dify_proxy }}") if fetches(task)] == []
+    assert any(fetches(task) for task in tasks(node))
+
+
+@pytest.mark.parametrize("role", [*ROLES, "dify"])
 def test_the_proxy_is_what_the_variables_say(
     role_vars: Callable[..., dict[str, Any]], render: Callable[..., Any], role: str
 ) -> None:
