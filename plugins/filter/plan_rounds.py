@@ -43,7 +43,7 @@ from typing import Any
 
 from ansible_collections.baremetal.vllm.plugins.filter.plan_running import CPU_CACHE, read_records
 
-Places = dict[tuple[str, Any], float]
+Shares = dict[tuple[str, Any], float]
 
 
 def _number(value: Any) -> float:
@@ -54,10 +54,10 @@ def _number(value: Any) -> float:
         return 0
 
 
-def _places(how: Mapping[str, Any], gpus: Mapping[str, list[Any]]) -> Places:
+def _shares(how: Mapping[str, Any], gpus: Mapping[str, list[Any]]) -> Shares:
     """(host, GPU) -> its share; of a server on the CPU (host, nothing) -> GiB of its cache."""
     share, cache = _number(how.get("gpu_memory_utilization")), _number((how.get("env") or {}).get(CPU_CACHE))
-    found: Places = {}
+    found: Shares = {}
     for host in how["hosts"]:
         if gpus.get(host):
             found.update({(host, gpu): share for gpu in gpus[host]})
@@ -66,7 +66,7 @@ def _places(how: Mapping[str, Any], gpus: Mapping[str, list[Any]]) -> Places:
     return found
 
 
-def _more(one: Places, other: Places) -> set[tuple[str, Any]]:
+def _more(one: Shares, other: Shares) -> set[tuple[str, Any]]:
     return {place for place, share in one.items() if share > other.get(place, 0) + 1e-6}
 
 
@@ -75,11 +75,11 @@ def plan_rounds(plan: dict[str, Any], records: list[dict[str, str]]) -> dict[str
     frees, takes = {}, {}
     for row in plan["services"]:
         name, before = row["name"], {}
-        after = _places(row, row["gpus"]) if row["instances"] else {}
+        after = _shares(row, row["gpus"]) if row["instances"] else {}
         if pins := known.get(name, {}).get("pins"):
             # The GPUs of a service over several hosts are not in its record: those that it is to have.
             gpus = {host: pins.get("gpus") or row["gpus"].get(host, []) for host in pins["hosts"]}
-            before = _places(pins, gpus)
+            before = _shares(pins, gpus)
         frees[name], takes[name] = _more(before, after), _more(after, before)
     left = [row["name"] for row in plan["services"]]
     rounds: dict[str, int] = {}
