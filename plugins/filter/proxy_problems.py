@@ -58,8 +58,8 @@ def _pair_problems(files: list[str], pair: list[str]) -> list[str]:
     from cryptography.hazmat.primitives import serialization
 
     given = [f"proxy_tls_certificate_src ({files[0]})", f"proxy_tls_key_src ({files[1]})"]
-    if not all(pair):
-        return [f"{given[0 if not pair[0] else 1]} is no file that can be read on the controller, or is empty"]
+    if "" in pair:
+        return [f"{given[pair.index('')]} is no file that can be read on the controller, or is empty"]
     try:
         certificate = x509.load_pem_x509_certificate(pair[0].encode())
     except ValueError:

@@ -10,14 +10,7 @@ import pytest
 import yaml
 from support import ROOT
 
-ROLES = ["model", "proxy", "ray_cluster", "vllm"]
-WITH_BLOCKS = [
-    "cuda_toolkit",
-    "dify",
-    "docker",
-    "nvidia_container_toolkit",
-    "nvidia_driver",
-]  # that have an environment
+ROLES = ["model", "proxy", "ray_cluster", "vllm"]  # the others have blocks with an environment
 FETCHING = {
     *(f"ansible.builtin.{name}" for name in ("apt", "dnf", "get_url", "git", "package", "pip", "uri")),
     *(f"baremetal.vllm.{name}" for name in ("model_fetch", "model_info", "vllm_venv")),

@@ -181,7 +181,7 @@ def test_a_sum_between_hosts_is_computed_with_the_environment_and_the_gpus_of_th
     assert "--env=HF_TOKEN" not in box["run_python"]
 
 
-CONTAINER = {**SERVICE_SETTINGS["container"], "images": {}}  # type: ignore[dict-item]
+CONTAINER = {**SERVICE_SETTINGS["container"], "images": {}}
 
 
 def contained(asked: dict[str, Any], hosts: list[dict[str, Any]], host: str = "one") -> dict[str, Any]:
