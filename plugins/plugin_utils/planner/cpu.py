@@ -129,6 +129,7 @@ def place_on_cpu(task: Task, layout: Layout, port: int) -> list[dict[str, Any]]:
             "fits": True,
             "reason": f"{total:.2f} of {least:.2f} GiB of memory that are available",
             "outside_gib": 0.0,
+            "warmup_gib": 0.0,
             "footprint_gib": round(total, 3),
             "held_gib": 0.0,
         },

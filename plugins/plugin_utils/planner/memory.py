@@ -51,8 +51,8 @@ BLOCK = 16  # tokens of a KV block
 OUTSIDE = {"hopper": {"alone": 0.515, "tp": 1.53, "pp": 1.43}, "other": {"alone": 0.40, "tp": 0.75, "pp": 0.75}}
 OUTSIDE_EXPERTS = 0.47  # more for TP of a mixture of experts
 INSIDE = {"alone": 0.225, "tp": 0.54, "pp": 0.065}
-# Free memory that an engine needs beside its request after profiling (fragments, kernels loaded later): 0.045 GiB were
-# not enough for a 1B model on an H200.
+# Free memory that an engine needs beside its request after profiling: kernels loaded later. A full batch that runs again
+# needs its products once more (_products_token).
 LATE = 0.1
 # What the allocator comes to hold beside its request once the engine serves: GiB of fragments, and copies of the logits in
 # float32, one row for each request, of the warm-up that samples with every feature. Profiling leaves these out. An engine
@@ -96,7 +96,8 @@ class MemoryPlan:
         fits: the engine starts.
         reason: one sentence: why it fits or what is missing, with the arithmetic.
         outside_gib: CUDA context and NCCL, outside the request, on the same GPU.
-        footprint_gib: the most that the engine needs of the GPU (request, outside, uncounted graphs).
+        footprint_gib: the most that the engine needs of the GPU to start (request, outside, uncounted graphs, warm-up).
+        warmup_gib: what a full batch takes beside the request when it runs again to warm up kernels.
         held_gib: what its allocator comes to hold on top, and gives back only to itself.
         kv_needed_gib: KV cache that one request of max_model_len tokens needs.
         kv_least_gib: KV cache without which the engine does not start.
@@ -117,6 +118,7 @@ class MemoryPlan:
     outside_gib: float
     footprint_gib: float
     held_gib: float
+    warmup_gib: float
     cuda_graph_counted_gib: float
     kv_needed_gib: float
     kv_least_gib: float
@@ -171,6 +173,7 @@ class _Stage:
     weights: int
     dense: tuple[int, int]
     sparse: tuple[int, int]
+    products: int
     attention: int
     moe_token: int
     moe_before_dense: bool
@@ -307,6 +310,21 @@ def _dense_token(shape: ModelShape, inner: int, gated: bool, tp: int, element: i
     return size * element + (inner if eight else 0)
 
 
+def _products_token(shape: ModelShape, tp: int, layers: range, element: int) -> int:
+    """Bytes for each token of what an MLP outside the experts makes: gate, up and their product.
+
+    A layer may need them anew while the blocks of the layer before are free, but cut by smaller tensors. Profiling counts
+    what is allocated, not what is lost so. Without that room two engines ran out of memory as a full batch ran again: a 1B
+    model on an H200 (0.045 GiB were free, its products take 0.09) and a 7B on two H100 (2.2 and 3.5; tests/benchmarks/truth).
+    """
+    sizes = (
+        (3 if m.gated else 2) * ((m.shared_size if m.experts else m.intermediate) // tp)
+        for m in {shape.layers[index].mlp for index in layers}
+        if m
+    )
+    return max(sizes, default=0) * element
+
+
 def _mlp_tokens(
     shape: ModelShape, tp: int, layers: range, element: int, sparse: bool, compiled: bool
 ) -> int:  # fmt: skip
@@ -422,6 +440,7 @@ def _stages(
                 ),
                 dense=tuple(_mlp_tokens(shape, tp, layers, element, False, compiled) for compiled in (False, True)),  # type: ignore[arg-type]
                 sparse=tuple(_mlp_tokens(shape, tp, layers, element, True, compiled) for compiled in (False, True)),  # type: ignore[arg-type]
+                products=_products_token(shape, tp, layers, element),
                 attention=_attention_token(shape, tp, layers, element),
                 moe_before_dense=_sparse_before_dense(shape, layers),
                 moe_token=_moe_token(shape, tp, expert_split, layers, element),
@@ -779,7 +798,7 @@ def _refusal(requested: int, problems: list[str]) -> MemoryPlan:
     return MemoryPlan(
         requested_gib=requested / GIB, weights_gib=nothing, activation_gib=nothing, non_torch_gib=nothing,
         cuda_graph_gib=nothing, kv_cache_gib=nothing, kv_cache_tokens=0, max_concurrency=nothing, fits=False,
-        reason="; ".join(problems), outside_gib=nothing, footprint_gib=nothing, held_gib=nothing, cuda_graph_counted_gib=nothing,
+        reason="; ".join(problems), outside_gib=nothing, footprint_gib=nothing, held_gib=nothing, warmup_gib=nothing, cuda_graph_counted_gib=nothing,
         kv_needed_gib=nothing, kv_least_gib=nothing, largest_max_model_len=0,
     )  # fmt: skip
 
@@ -820,14 +839,16 @@ def _verdict(
     uncounted = (graphs - counted) * GIB
     # Once the cache is there, graphs are captured and a full batch runs again to warm up kernels: that must fit into
     # what the peak left and what is free beside the request.
-    late = uncounted + LATE * GIB + steady - peak - (free - requested)
+    warmup = 0.0 if facts.v0 or not needs_cache else LATE * GIB + stage.products * batched + steady - peak
+    late = uncounted + warmup - (free - requested)
+    warmup = max(0.0, warmup)
     g = GIB
     parts = (
         f"{requested / g:.2f} GiB ({utilization:g} of {total / g:.2f}) - weights {stage.weights / g:.2f} - activations "
         f"{peak / g:.2f} - libraries {inside:.2f}" + (f" - CUDA graphs {counted:.2f}" if counted else "")
     )
     longest = 0
-    footprint = requested + max(0.0, uncounted)
+    footprint = requested + max(0.0, uncounted) + warmup
     if not needs_cache:
         # Encoders keep no cache: nothing is profiled, and what they need must be free.
         resident = stage.weights + peak + inside * g + graphs * g
@@ -868,9 +889,9 @@ def _verdict(
         elif late > 0 and not facts.v0:
             fits = False
             reason = (
-                f"the KV cache fits, but starting takes {(uncounted / g + LATE):.2f} GiB on top (CUDA graphs "
-                f"{uncounted / g:.2f}) and {late / g:.2f} GiB of that are missing: lower gpu_memory_utilization"
-                + (" or set enforce_eager" if uncounted else "")
+                f"the KV cache fits, but starting takes {(uncounted + warmup) / g:.2f} GiB on top (CUDA graphs "
+                f"{uncounted / g:.2f}, warm-up with {batched} tokens {warmup / g:.2f}) and {late / g:.2f} GiB of that are "
+                "missing: lower gpu_memory_utilization or max_num_batched_tokens" + (", or set enforce_eager" if uncounted else "")
             )
         else:
             reason = f"{parts} = {available / g:.2f} GiB of KV cache for {tokens} tokens"
@@ -887,7 +908,8 @@ def _verdict(
         reason=reason,
         outside_gib=outside,
         footprint_gib=footprint / g + outside,
-        held_gib=held,
+        held_gib=max(0.0, held - warmup / g),
+        warmup_gib=warmup / g,
         cuda_graph_counted_gib=counted,
         kv_needed_gib=need * stage.block_bytes / g,
         kv_least_gib=max(need, states) * stage.block_bytes / g,

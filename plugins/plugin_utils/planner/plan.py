@@ -243,6 +243,7 @@ def _gpu_rows(layout: Layout, rows: Sequence[Mapping[str, Any]]) -> list[dict[st
                         "non_torch_gib": memory["non_torch_gib"],
                         "cuda_graph_gib": memory["cuda_graph_gib"],
                         "kv_cache_gib": memory["kv_cache_gib"],
+                        "warmup_gib": memory["warmup_gib"],
                         "outside_gib": memory["outside_gib"],
                         "held_gib": held,
                         "total_gib": round(memory["footprint_gib"] + held, 3),

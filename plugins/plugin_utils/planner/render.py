@@ -16,6 +16,7 @@ PARTS = (
     ("kv_cache_gib", "KV cache", "K", "#35b779"),
     ("activation_gib", "activations", "a", "#fde725"),
     ("cuda_graph_gib", "CUDA graphs", "g", "#d08a2e"),
+    ("warmup_gib", "warm-up", "w", "#c96a4f"),
     ("non_torch_gib", "libraries", "n", "#9b5fa5"),
     ("outside_gib", "CUDA context", "c", "#6e4a7e"),
 )

@@ -317,6 +317,7 @@ def settle(task: Task, instance: Instance, unsettled: Collection[int], port: int
         "memory": {
             **memory.as_dict(),
             "outside_gib": round(memory.outside_gib, 3),
+            "warmup_gib": round(memory.warmup_gib, 3),
             "footprint_gib": round(memory.footprint_gib, 3),
             "held_gib": round(memory.held_gib, 3),
         },

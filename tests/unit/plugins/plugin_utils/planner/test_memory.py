@@ -29,7 +29,7 @@ TRUTH = Path(__file__).parents[4] / "benchmarks" / "truth"
 CONFIGS: dict[str, dict[str, Any]] = json.loads((TRUTH / "configs.json").read_text())
 MIB = 1 << 20
 KEPT = (
-    "tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization", "max_model_len",
+    "gpu_memory_total_mib", "tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization", "max_model_len",
     "max_num_batched_tokens", "max_num_seqs", "enforce_eager", "dtype", "kv_cache_dtype",
 )  # fmt: skip
 
@@ -40,18 +40,18 @@ def shape(name: str, **arguments: Any) -> ModelShape:
 
 def measured() -> list[Any]:
     found = []
-    for file in ("h200_vllm_0.25.1.json", "h200_measured.json"):
+    for file in ("h200_vllm_0.25.1.json", "h200_measured.json", "h100_vllm_0.25.1.json"):
         data = json.loads((TRUTH / file).read_text())
         for number, row in enumerate(data["rows"]):
             version = row.get("vllm") or data["meta"]["vllm"]
-            found.append(pytest.param(version, row, id=f"{version}-{row['model']}-{number}"))
+            row["gpu_memory_total_mib"] = data["meta"]["memory_total_mib"]
+            found.append(pytest.param(version, row, id=f"{file[:4]}-{version}-{row['model']}-{number}"))
     return found
 
 
 def plan_of(version: str, row: dict[str, Any]) -> memory.MemoryPlan:
     return engine_memory(
         shape(row["model"], quantization=row.get("quantization")),
-        gpu_memory_total_mib=143771,
         engine_version=version,
         expert_parallel=row.get("enable_expert_parallel", False),
         **{key: row[key] for key in KEPT if key in row},
@@ -139,7 +139,7 @@ A10 = {"gpu_memory_total_mib": 23028, "compute_capability": "8.6"}
         ("llama-2-7b", {"gpu_memory_utilization": 0.65}, "one request of 4096 tokens needs 2.00 GiB of KV cache"),
         ("qwen2.5-7b", {"gpu_memory_utilization": 1.0}, "are free at the start: at most 0.98"),
         ("qwen2.5-7b", {"gpu_memory_used_mib": 8192}, "are free at the start: at most 0.6"),
-        ("qwen2.5-1.5b", {"gpu_memory_utilization": 0.98, "enforce_eager": True}, "starting takes 0.10 GiB on top"),
+        ("qwen2.5-1.5b", {"gpu_memory_utilization": 0.98, "enforce_eager": True}, "starting takes 0.20 GiB on top"),
         ("llama-2-7b", {"max_model_len": 8192}, "more than the 4096 tokens of the model's config"),
         ("qwen2.5-1.5b", {"max_num_batched_tokens": 128}, "128 is below max_num_seqs 256"),
         ("bge-m3", {"max_model_len": 8192}, "an encoder reads a text in one piece"),
