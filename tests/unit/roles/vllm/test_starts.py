@@ -66,7 +66,8 @@ allocate 786.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which 140.75 MiB
 with 1024 dummy requests. Please try lowering `max_num_seqs` or `gpu_memory_utilization` when initializing the engine.
 (APIServer pid=8600) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}""",
             "RuntimeError: CUDA out of memory occurred when warming up sampler",
-            "the GPU's memory ran out. Set gpu_memory_utilization of the service below 0.92, or halve max_num_seqs (now 256)",
+            "the GPU's memory ran out. Set gpu_memory_utilization of the service below 0.92, or halve max_num_batched_tokens (now 8192) "
+            "or max_num_seqs (now 256)",
         ),
         (
             "vLLM 0.3.0 on V100s (inventories/v100-ray-3x2)",
