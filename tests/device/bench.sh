@@ -8,6 +8,7 @@
 #        defaults              `vllm serve MODEL` and nothing else: one GPU
 #        tp                    the same with tensor parallelism over all GPUs
 #        seed0, seed1          the flags of the deployments that this collection was made from, over all GPUs
+#        seed1-planned         seed 1's batch and context over all GPUs, with the memory that the plan gives them
 #        CASE@ARG,ARG          the same with more arguments: throughput@--api-server-count,4
 # All of them, in the order throughput tp latency defaults seed1 seed0, when none is named. OUT/summary.md and OUT/report.html
 # are written anew after each case: a run that is cut short loses nothing, and a second run adds to the first.
@@ -34,6 +35,7 @@ port=18300
 work=$(mktemp -d)
 server=
 more=()
+settings=
 key=sk-device-bench
 mkdir -p "$out"
 
@@ -52,7 +54,7 @@ play() { # PLAYBOOK OBJECTIVE [ARGUMENT...]
   shift 2
   cat >"$work/vars.json" <<VARS
 {
-  "vllm_services": [{"name": "chat", "model": "$model", "objective": "$objective", "port": $port, "start_timeout": 900,
+  "vllm_services": [{"name": "chat", "model": "$model", "objective": "$objective", "port": $port, "start_timeout": 900, $settings
                      "extra_args": ["--load-format", "dummy"$(for arg in "${more[@]}"; do printf ', "%s"' "$arg"; done)], "env": $links}],
   "vllm_root": "$work/root", "vllm_config_dir": "$work/config", "vllm_state_dir": "$work/state", "vllm_log_dir": "$work/log",
   "vllm_user": "$(id -un)", "vllm_existing_python": "$VLLM_PYTHON", "vllm_api_key": "$key", "vllm_verify_client": "never",
@@ -127,12 +129,16 @@ trap 'stop; rm -rf "$work"' EXIT
 
 failed=0
 for name in "${cases[@]}"; do
-  began=$SECONDS more=()
+  began=$SECONDS more=() settings=
   [[ $name != *@* ]] || IFS=, read -ra more <<<"${name#*@}"
   all_gpus=()
   [[ $gpus -eq 1 ]] || all_gpus=(--tensor-parallel-size "$gpus")
   if case ${name%%@*} in
       throughput | latency) play site "${name%%@*}" >"$out/$name.log" 2>&1 ;;
+      seed1-planned)
+        settings="\"tensor_parallel_size\": $gpus, \"max_model_len\": 32768, \"max_num_batched_tokens\": 65536,"
+        play site throughput >"$out/$name.log" 2>&1
+        ;;
       defaults) by_hand ;;
       tp) by_hand "${all_gpus[@]}" ;;
       seed0) by_hand "${all_gpus[@]}" --gpu-memory-utilization 0.85 --max-model-len 4096 ;;
