@@ -62,7 +62,8 @@ class Attention:
     """Attention of one layer. ``kind``: full, sliding, chunked, mla, state (Mamba, linear attention) or encoder.
 
     ``window``: tokens a sliding or chunked layer looks back. MLA: ``latent`` (kv_lora_rank), ``rope_dim``,
-    ``nope_dim``, ``q_rank`` (0: q is one matrix), ``index_bytes`` of a token in the indexer's cache (sparse). State:
+    ``nope_dim``, ``q_rank`` (0: q is one matrix), ``index_heads`` of ``index_dim`` that the indexer of sparse attention
+    chooses by, ``index_bytes`` of a token in its cache (all 0: it has none, or reads an earlier layer's choice). State:
     ``state`` elements for one request over all heads (conv and recurrent), ``state_bytes``: bytes of a recurrent one
     (0: as the model's others), ``projection``: elements of its matrices. ``shared``: it reads the KV cache of an earlier
     layer and has none.
@@ -78,6 +79,8 @@ class Attention:
     rope_dim: int = 0
     nope_dim: int = 0
     q_rank: int = 0
+    index_heads: int = 0
+    index_dim: int = 0
     index_bytes: int = 0
     bias: bool = False
     state: tuple[int, int] = (0, 0)
@@ -627,7 +630,6 @@ def _layers(
                 rope_dim=rope_dim,
                 nope_dim=nope,
                 q_rank=read.count("q_lora_rank", default=0, low=0),
-                index_bytes=_index_bytes(read),
             )
         elif kind == "state":
             made = replace(_state_attention(read, hidden), state_bytes=_state_bytes(read, model_type))
@@ -671,7 +673,7 @@ def _layers(
     # Gemma 3n and 4: the last layers read the KV cache of earlier ones, and may have an MLP of twice the width for it.
     shared_from = num_layers - read.count("num_kv_shared_layers", default=0, low=0, high=num_layers - 1)
     beyond = replace(dense, intermediate=2 * dense.intermediate) if read.flag("use_double_wide_mlp") else dense
-    cache: dict[tuple[str, Mlp | None, bool], Layer] = {}
+    cache: dict[tuple[str, Mlp | None, bool, bool], Layer] = {}
     layers = []
     for index, kind in enumerate(kinds):
         shares = index >= shared_from
@@ -684,14 +686,28 @@ def _layers(
         made = Layer(attention("full" if both else kind), mlp, attention("state") if both else None)
         if shares and made.attention:
             made = replace(made, attention=replace(made.attention, shared=True))
-        layers.append(cache.setdefault((kind, mlp, shares), made))
+        indexed = kind == "mla" and _has_indexer(read, index)
+        if indexed and made.attention:
+            size = read.count("index_head_dim", default=128)
+            indexer = {
+                "index_heads": read.count("index_n_heads", default=64),
+                "index_dim": size,
+                "index_bytes": size + size // 128 * 4,  # 8 bits an element, a scale of 32 for each 128
+            }
+            made = replace(made, attention=replace(made.attention, **indexer))
+        layers.append(cache.setdefault((kind, mlp, shares, indexed), made))
     return tuple(layers)
 
 
-def _index_bytes(read: _Reader) -> int:
-    """Bytes of a token that sparse attention keeps to choose by: 8 bits an element, a scale of 32 for each 128 (deepseek_v2.py)."""
-    size = read.count("index_head_dim", default=128) if read.config.get("index_topk") else 0
-    return size + size // 128 * 4
+def _has_indexer(read: _Reader, index: int) -> bool:
+    """Whether a layer of sparse attention chooses its tokens, or reads the choice of an earlier one (deepseek_v2.py)."""
+    if not read.config.get("index_topk"):
+        return False
+    pattern = read.config.get("index_topk_pattern")
+    if isinstance(pattern, str):
+        return pattern[index : index + 1] != "S"
+    first = read.count("index_skip_topk_offset", default=2, low=0)
+    return max(index - first + 1, 0) % read.count("index_topk_freq", default=1) == 0
 
 
 def _state_bytes(read: _Reader, model_type: str) -> int:
@@ -957,6 +973,9 @@ def _attention_matrices(a: Attention, hidden: int, tp: int) -> Iterator[tuple[st
         else:
             yield "q", heads * a.head_dim, hidden, "attention"
             yield "kv_a", a.latent + a.rope_dim, hidden, "attention"
+        if a.index_heads:  # whole on every GPU; keys and weights of the heads are one matrix, kept in 16 bits
+            yield "index_q", a.index_heads * a.index_dim, a.q_rank or hidden, "attention"
+            yield "index_k", a.index_dim + a.index_heads, hidden, "plain"
         yield "kv_b", heads * (a.nope_dim + a.v_dim), a.latent, "attention"
         yield "o", hidden, heads * a.v_dim, "attention"
         return

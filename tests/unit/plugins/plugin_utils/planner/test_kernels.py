@@ -9,6 +9,7 @@ import pytest
 
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.errors import PlanError
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.hardware import hosts_from_text
+from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.memory import engine_memory
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.model import parse_config
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.plan import make_plan
 
@@ -28,6 +29,7 @@ SPARSE = {
     **MLA, "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "index_head_dim": 128,
     "index_n_heads": 64, "index_topk": 2048, "q_lora_rank": 1536,
 }  # fmt: skip
+H200 = {"gpu_memory_total_mib": 143771, "compute_capability": "9.0"}
 GPT_OSS = {
     "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "head_dim": 64, "hidden_size": 2880,
     "intermediate_size": 2880, "layer_types": ["sliding_attention", "full_attention"] * 12, "max_position_embeddings": 131072,
@@ -79,6 +81,31 @@ def test_sparse_attention_needs_the_gpus_of_its_backends() -> None:
 def test_the_indexer_of_sparse_attention_has_a_cache() -> None:
     plain = parse_config({key: value for key, value in SPARSE.items() if key != "index_topk"})
     assert parse_config(SPARSE).kv_bytes_per_token() - plain.kv_bytes_per_token() == 27 * 132
+
+
+def test_the_indexer_is_whole_on_every_gpu() -> None:
+    plain = {key: value for key, value in SPARSE.items() if key != "index_topk"}
+    matrices = 27 * (1536 * 64 * 128 + 2048 * (128 + 64)) * 2 / 2**30
+    for tp in (1, 4):
+        with_it, without = (engine_memory(parse_config(config), tensor_parallel_size=tp, **H200) for config in (SPARSE, plain))
+        assert with_it.weights_gib - without.weights_gib == pytest.approx(matrices, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        ({}, set(range(27))),
+        ({"index_topk_freq": 4}, {0, 1, 5, 9, 13, 17, 21, 25}),
+        ({"index_topk_freq": 4, "index_skip_topk_offset": 3}, {0, 1, 2, 6, 10, 14, 18, 22, 26}),
+        ({"index_topk_pattern": "FSSF" + "S" * 20}, {0, 3, 24, 25, 26}),
+    ],
+)  # fmt: skip
+def test_layers_that_read_an_earlier_choice_have_no_indexer(config: dict[str, Any], layers: set[int]) -> None:
+    shape = parse_config({**SPARSE, **config})
+    found = {index for index, layer in enumerate(shape.layers) if layer.attention and layer.attention.index_bytes}
+    assert found == layers
+    plain = parse_config({key: value for key, value in SPARSE.items() if key != "index_topk"})
+    assert shape.kv_bytes_per_token() - plain.kv_bytes_per_token() == len(layers) * 132
 
 
 def test_a_compressed_cache_is_not_counted() -> None:
