@@ -5,8 +5,8 @@
     PYTHONPATH=collections python tests/benchmarks/accuracy.py [--rows]
 
 Exit status 1 when a goal is missed. Goals: over the rows of each file and over its small cards (requests up to 24 GiB)
-predicted KV tokens are within 2% in the median and 5% at the most, and ``fits`` is right in every row. Rows whose cache is under 1 GiB were put at the very edge on purpose: there 14 MiB are 3%, so
-for them only ``fits`` counts.
+predicted KV tokens are within 2% in the median and 5% at the most, and ``fits`` is right in every row. Rows whose cache is
+under 1 GiB were put at the very edge on purpose: there 14 MiB are 3%, so for them only ``fits`` counts.
 """
 
 from __future__ import annotations

@@ -798,8 +798,8 @@ def _refusal(requested: int, problems: list[str]) -> MemoryPlan:
     return MemoryPlan(
         requested_gib=requested / GIB, weights_gib=nothing, activation_gib=nothing, non_torch_gib=nothing,
         cuda_graph_gib=nothing, kv_cache_gib=nothing, kv_cache_tokens=0, max_concurrency=nothing, fits=False,
-        reason="; ".join(problems), outside_gib=nothing, footprint_gib=nothing, held_gib=nothing, warmup_gib=nothing, cuda_graph_counted_gib=nothing,
-        kv_needed_gib=nothing, kv_least_gib=nothing, largest_max_model_len=0,
+        reason="; ".join(problems), outside_gib=nothing, footprint_gib=nothing, held_gib=nothing, warmup_gib=nothing,
+        cuda_graph_counted_gib=nothing, kv_needed_gib=nothing, kv_least_gib=nothing, largest_max_model_len=0,
     )  # fmt: skip
 
 

@@ -689,12 +689,13 @@ def _layers(
         indexed = kind == "mla" and _has_indexer(read, index)
         if indexed and made.attention:
             size = read.count("index_head_dim", default=128)
-            indexer = {
-                "index_heads": read.count("index_n_heads", default=64),
-                "index_dim": size,
-                "index_bytes": size + size // 128 * 4,  # 8 bits an element, a scale of 32 for each 128
-            }
-            made = replace(made, attention=replace(made.attention, **indexer))
+            chooser = replace(
+                made.attention,
+                index_heads=read.count("index_n_heads", default=64),
+                index_dim=size,
+                index_bytes=size + size // 128 * 4,  # 8 bits an element, a scale of 32 for each 128
+            )
+            made = replace(made, attention=chooser)
         layers.append(cache.setdefault((kind, mlp, shares, indexed), made))
     return tuple(layers)
 

@@ -62,7 +62,7 @@ def test_dify_is_fetched_through_the_proxy() -> None:
     assert any(fetches(task) for task in tasks(node))
 
 
-@pytest.mark.parametrize("role", [*ROLES, "dify"])
+@pytest.mark.parametrize("role", [*ROLES, "cuda_toolkit", "dify", "nvidia_container_toolkit", "nvidia_driver"])
 def test_the_proxy_is_what_the_variables_say(
     role_vars: Callable[..., dict[str, Any]], render: Callable[..., Any], role: str
 ) -> None:
