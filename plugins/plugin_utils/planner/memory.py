@@ -891,7 +891,8 @@ def _verdict(
             reason = (
                 f"the KV cache fits, but starting takes {(uncounted + warmup) / g:.2f} GiB on top (CUDA graphs "
                 f"{uncounted / g:.2f}, warm-up with {batched} tokens {warmup / g:.2f}) and {late / g:.2f} GiB of that are "
-                "missing: lower gpu_memory_utilization or max_num_batched_tokens" + (", or set enforce_eager" if uncounted else "")
+                "missing: lower gpu_memory_utilization or max_num_batched_tokens"
+                + (", or set enforce_eager" if uncounted else "")
             )
         else:
             reason = f"{parts} = {available / g:.2f} GiB of KV cache for {tokens} tokens"

@@ -87,7 +87,9 @@ def test_the_indexer_is_whole_on_every_gpu() -> None:
     plain = {key: value for key, value in SPARSE.items() if key != "index_topk"}
     matrices = 27 * (1536 * 64 * 128 + 2048 * (128 + 64)) * 2 / 2**30
     for tp in (1, 4):
-        with_it, without = (engine_memory(parse_config(config), tensor_parallel_size=tp, **H200) for config in (SPARSE, plain))
+        with_it, without = (
+            engine_memory(parse_config(config), tensor_parallel_size=tp, **H200) for config in (SPARSE, plain)
+        )
         assert with_it.weights_gib - without.weights_gib == pytest.approx(matrices, rel=0.03)
 
 
