@@ -246,7 +246,7 @@ def _weights(
     experts = next((m for m in (shape.layers[index].mlp for index in layers) if m and m.experts), None)
     cut = 0  # group of experts that are cut inside a group
     if quant is not None and experts and expert_split == 1:
-        cut = expert_group(quant, shape.hidden_size, experts.expert_size // tp)
+        cut = expert_group(quant, experts.latent or shape.hidden_size, experts.expert_size // tp)
     for name, rows, cols, part in matrices(shape, tp, expert_split, layers, first, last):
         quantized = (
             quant is not None
@@ -366,7 +366,8 @@ def _moe_token(shape: ModelShape, tp: int, expert_split: int, layers: range, ele
             if shape.quant and shape.quant.method == "mxfp4":  # its kernel keeps the activation alone
                 worst = max(worst, m.top_k * size * element)
                 continue
-            worst = max(worst, m.top_k * (max(up, shape.hidden_size) + max(size, shape.hidden_size)) * element)
+            width = m.latent or shape.hidden_size
+            worst = max(worst, m.top_k * (max(up, width) + max(size, width)) * element)
     return worst
 
 

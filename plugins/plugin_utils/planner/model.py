@@ -92,7 +92,10 @@ class Attention:
 
 @dataclass(frozen=True)
 class Mlp:
-    """MLP of one layer: dense (``experts`` 0) or experts of ``expert_size`` beside shared ones of ``shared_size``."""
+    """MLP of one layer: dense (``experts`` 0) or experts of ``expert_size`` beside shared ones of ``shared_size``.
+
+    ``latent``: what the experts read and write instead of the hidden size (0: the hidden size), between two matrices.
+    """
 
     intermediate: int
     gated: bool
@@ -100,6 +103,7 @@ class Mlp:
     top_k: int = 0
     expert_size: int = 0
     shared_size: int = 0
+    latent: int = 0
 
 
 @dataclass(frozen=True)
@@ -338,7 +342,8 @@ def parse_config(
     read = _Reader(text)
 
     hidden = read.count("hidden_size", "n_embd", "d_model", "dim", high=1 << 20)
-    num_layers = read.count("num_hidden_layers", "n_layer", "num_layers", "n_layers", high=2048)
+    blocks = len(_blocks(text)) or None
+    num_layers = read.count("num_hidden_layers", "n_layer", "num_layers", "n_layers", default=blocks, high=2048)
     heads = 1
     if stateful is None:
         heads = read.count("num_attention_heads", "n_head", "num_heads", "n_heads", high=4096)
@@ -513,6 +518,21 @@ def _max_position(read: _Reader, text: Config, model_type: str) -> int:
     return limit
 
 
+# Kinds of layers that are a mixer or an MLP, by the letters of Nemotron-H's hybrid_override_pattern.
+BLOCKS = {"mamba": "M", "moe": "E", "mlp": "-"}
+
+
+def _blocks(text: Config) -> str:
+    """The letter of each layer where each is a mixer (M: Mamba, *: attention) or an MLP (-: dense, E: experts); else empty."""
+    pattern = text.get("hybrid_override_pattern")
+    if isinstance(pattern, str):
+        return pattern
+    types = text.get("layers_block_type")
+    if not isinstance(types, (list, tuple)) or not {"mlp", "moe"}.intersection(map(str, types)):
+        return ""
+    return "".join(BLOCKS.get(str(item), "*") for item in types)
+
+
 def _kinds(read: _Reader, model_type: str, num_layers: int, notes: list[str]) -> list[str]:
     """Kind of each layer's attention; ``both``: attention and a state beside it."""
     text = read.config
@@ -531,6 +551,9 @@ def _kinds(read: _Reader, model_type: str, num_layers: int, notes: list[str]) ->
     hybrid = read.items("hybrid_layer_pattern", num_layers)
     if hybrid:
         return ["sliding" if hybrid[index] == 1 else "full" for index in range(num_layers)]
+    pattern = _blocks(text)
+    if len(pattern) >= num_layers:
+        return [{"M": "state", "*": "full"}.get(char, "none") for char in pattern[:num_layers]]
     types = text.get("layer_types") or text.get("layers_block_type")
     if isinstance(types, Sequence) and not isinstance(types, str) and len(types) >= num_layers:
         kinds = []
@@ -551,9 +574,6 @@ def _kinds(read: _Reader, model_type: str, num_layers: int, notes: list[str]) ->
         if "sliding" in kinds and not _window(read):
             kinds = ["full" if kind == "sliding" else kind for kind in kinds]
         return kinds
-    pattern = text.get("hybrid_override_pattern")
-    if isinstance(pattern, str) and len(pattern) >= num_layers:
-        return [{"M": "state", "*": "full"}.get(char, "none") for char in pattern[:num_layers]]
     period = text.get("attn_layer_period")
     if isinstance(period, int) and period > 0:
         offset = read.count("attn_layer_offset", default=0, low=0)
@@ -669,7 +689,9 @@ def _layers(
     dense = Mlp(read.count("intermediate_size_mlp", default=intermediate, high=1 << 24), gated)
     sparse, is_sparse = _experts(read, num_layers, intermediate, gated)
     kinds = _kinds(read, model_type, num_layers, notes)
-    pattern = text.get("hybrid_override_pattern")
+    pattern = _blocks(text)
+    blocks = text.get("block_configs")
+    sizes = dict(enumerate(blocks)) if isinstance(blocks, list) else {}
     # Gemma 3n and 4: the last layers read the KV cache of earlier ones, and may have an MLP of twice the width for it.
     shared_from = num_layers - read.count("num_kv_shared_layers", default=0, low=0, high=num_layers - 1)
     beyond = replace(dense, intermediate=2 * dense.intermediate) if read.flag("use_double_wide_mlp") else dense
@@ -678,8 +700,15 @@ def _layers(
     for index, kind in enumerate(kinds):
         shares = index >= shared_from
         mlp: Mlp | None = sparse if sparse and is_sparse[index] else beyond if shares else dense
-        if isinstance(pattern, str) and len(pattern) >= num_layers:
+        if len(pattern) >= num_layers:
             mlp = dense if pattern[index] == "-" else (sparse if pattern[index] == "E" else None)
+        if mlp and mlp.experts and isinstance(sizes.get(index), Mapping):
+            own = _Reader(sizes[index], f"config.block_configs[{index}]")  # Nemotron-H Puzzle: experts of unlike sizes
+            mlp = replace(
+                mlp,
+                expert_size=own.count("moe_intermediate_size", default=mlp.expert_size),
+                top_k=own.count("num_experts_per_tok", default=mlp.top_k, high=mlp.experts),
+            )
         if model_type in load("configs")["states"]:
             mlp = None
         both = kind == "both"
@@ -813,7 +842,8 @@ def _experts(read: _Reader, num_layers: int, intermediate: int, gated: bool) -> 
             index >= first and index not in dense and (step == 1 or index % step == offset)
             for index in range(num_layers)
         ]
-    return Mlp(intermediate, gated, experts, top_k, size, shared), sparse
+    latent = read.count("moe_latent_size", default=0, low=0)
+    return Mlp(intermediate, gated, experts, top_k, size, shared, latent), sparse
 
 
 def _vision_parameters(config: Config) -> int:
@@ -995,8 +1025,12 @@ def _mlp_matrices(m: Mlp, hidden: int, tp: int, expert_split: int) -> Iterator[t
         return
     local = -(-m.experts // expert_split)
     size = m.expert_size if expert_split > 1 else m.expert_size // tp
-    yield "experts_up", local * up * size, hidden, "expert"
-    yield "experts_down", local * hidden, size, "expert"
+    width = m.latent or hidden
+    yield "experts_up", local * up * size, width, "expert"
+    yield "experts_down", local * width, size, "expert"
+    if m.latent:  # whole on every GPU
+        yield "latent_in", m.latent, hidden, "dense"
+        yield "latent_out", hidden, m.latent, "dense"
     yield "router", m.experts, hidden, "plain"
     if m.shared_size:
         yield "shared_up", up * m.shared_size // tp, hidden, "dense"
@@ -1090,7 +1124,7 @@ def _split_problems(shape: ModelShape, tp: int, expert_parallel: bool, dp: int, 
                 quant = (
                     shape.quant if halves and shape.quant and shape.quant.halves and m.expert_size % tp == 0 else None
                 )
-                if not (quant and expert_group(quant, shape.hidden_size, m.expert_size // tp)):
+                if not (quant and expert_group(quant, m.latent or shape.hidden_size, m.expert_size // tp)):
                     yield from _slice_problems(shape, "expert intermediate size", m.expert_size, tp, shape.quant, True)
             if m.shared_size:
                 yield from _slice_problems(shape, "shared expert intermediate size", m.shared_size, tp, shape.quant)

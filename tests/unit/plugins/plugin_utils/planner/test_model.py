@@ -433,10 +433,49 @@ NEMOTRON3_NANO = config(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("raw", "billions"), [(LLAMA4_SCOUT, 108.6), (NEMOTRON3_NANO, 31.6)])
+NEMOTRON3_SUPER = {
+    **NEMOTRON3_NANO, "hidden_size": 4096, "intermediate_size": 2688, "moe_intermediate_size": 2688, "moe_latent_size": 1024,
+    "moe_shared_expert_intermediate_size": 5376, "n_routed_experts": 512, "num_experts_per_tok": 22, "num_hidden_layers": 88,
+    "hybrid_override_pattern": "ME" * 40 + "*" * 8, "mamba_num_heads": 128,
+}  # fmt: skip
+# Its config names the kinds of layers in words, and no number of them.
+NEMOTRON3_ULTRA = {
+    **{key: item for key, item in NEMOTRON3_SUPER.items() if key != "hybrid_override_pattern"}, "hidden_size": 8192,
+    "intermediate_size": 5120, "moe_intermediate_size": 5120, "moe_latent_size": 2048, "num_hidden_layers": None,
+    "moe_shared_expert_intermediate_size": 10240, "num_attention_heads": 64, "mamba_num_heads": 256,
+    "layers_block_type": ["mamba", "moe"] * 48 + ["attention"] * 12,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("raw", "billions"),
+    [(LLAMA4_SCOUT, 108.6), (NEMOTRON3_NANO, 31.6), (NEMOTRON3_SUPER, 120.6), (NEMOTRON3_ULTRA, 550)],
+)
 def test_experts_of_other_forms(raw: dict[str, Any], billions: float) -> None:
-    """Llama 4 has a shared expert that its config does not name; the MLPs of Nemotron-H have no gate."""
+    """Llama 4 has a shared expert that its config does not name; the MLPs of Nemotron-H have no gate, its experts a latent."""
     assert parse_config(raw).parameters / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_layers_named_in_words_are_those_of_the_letters() -> None:
+    words = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}
+    pattern = "ME*-" * 22
+    letters = parse_config({**NEMOTRON3_SUPER, "hybrid_override_pattern": pattern})
+    named = parse_config({**NEMOTRON3_ULTRA, **{key: NEMOTRON3_SUPER[key] for key in ("hidden_size", "moe_latent_size", "mamba_num_heads",
+        "num_attention_heads", "moe_intermediate_size", "intermediate_size", "moe_shared_expert_intermediate_size")},
+        "layers_block_type": [words[letter] for letter in pattern]})  # fmt: skip
+    assert named.layers == letters.layers and named.num_layers == 88
+
+
+def test_experts_of_unlike_sizes() -> None:
+    blocks = [
+        {"block_type": "moe", "moe_intermediate_size": 1280, "num_experts_per_tok": 4},
+        {"block_type": "attention"},
+    ]
+    pattern = {"hybrid_override_pattern": "E*", "num_hidden_layers": 2}
+    own = parse_config({**NEMOTRON3_SUPER, **pattern, "block_configs": blocks}).layers[0].mlp
+    assert own and (own.expert_size, own.top_k, own.latent) == (1280, 4, 1024)
+    with pytest.raises(PlanError, match=r"config.block_configs\[0\].num_experts_per_tok"):
+        parse_config({**NEMOTRON3_SUPER, **pattern, "block_configs": [{"num_experts_per_tok": 513}]})
 
 
 def test_dense_layers_of_llama_4_have_a_size_of_their_own() -> None:
