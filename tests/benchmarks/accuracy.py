@@ -23,7 +23,7 @@ from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.memory impo
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.model import ModelShape, parse_config
 
 TRUTH = Path(__file__).with_name("truth")
-FILES = ("h200_vllm_0.25.1.json", "h200_measured.json", "h100_vllm_0.25.1.json")
+MEASURED = sorted(path.name for path in TRUTH.glob("h*.json"))
 GIB = 1 << 30
 SMALL_GIB, EDGE_GIB = 24, 1.0
 KEPT = (
@@ -90,7 +90,7 @@ def main() -> int:
     parser.add_argument("--rows", action="store_true", help="print every row")
     options = parser.parse_args()
     missed = []
-    for name in FILES:
+    for name in MEASURED:
         print(name)
         everything, small, edge, before = [], [], [], []
         peers: dict[str, list[float]] = {peer: [] for peer in PEERS}

@@ -34,8 +34,6 @@ gpus=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)}
 port=18300
 work=$(mktemp -d)
 server=
-more=()
-settings=
 key=sk-device-bench
 mkdir -p "$out"
 

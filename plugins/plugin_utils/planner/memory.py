@@ -290,6 +290,11 @@ def _disk_bytes(shape: ModelShape) -> int:
     return max(1, _weights(shape, 1, 1, range(shape.num_layers), True, True, DTYPE_BYTES[shape.dtype], LARGE).stored)
 
 
+def _products(inner: int, gated: bool) -> int:
+    """Elements for each token of what an MLP makes inside: gate, up and their product."""
+    return (3 if gated else 2) * inner
+
+
 def _dense_token(shape: ModelShape, inner: int, gated: bool, tp: int, element: int, compiled: bool) -> int:
     """Bytes alive for each token at the peak of a dense MLP.
 
@@ -297,7 +302,7 @@ def _dense_token(shape: ModelShape, inner: int, gated: bool, tp: int, element: i
     more (the layer's caller still holds its input), and a copy that an all-reduce writes.
     """
     hidden = shape.hidden_size
-    wide = (3 if gated else 2) * inner
+    wide = _products(inner, gated)
     if compiled:
         size = wide + 3 * hidden
     else:
@@ -318,7 +323,7 @@ def _products_token(shape: ModelShape, tp: int, layers: range, element: int) -> 
     model on an H200 (0.045 GiB were free, its products take 0.09) and a 7B on two H100 (2.2 and 3.5; tests/benchmarks/truth).
     """
     sizes = (
-        (3 if m.gated else 2) * ((m.shared_size if m.experts else m.intermediate) // tp)
+        _products((m.shared_size if m.experts else m.intermediate) // tp, m.gated)
         for m in {shape.layers[index].mlp for index in layers}
         if m
     )

@@ -55,6 +55,8 @@ SLIDING = frozenset({"sliding_attention", "sliding", "local_attention", "local",
 CHUNKED = frozenset({"chunked_attention", "chunked"})
 STATEFUL = frozenset({"mamba", "mamba2", "linear_attention", "recurrent", "conv", "short_conv", "hybrid_mamba", "gdn"})
 FULL = frozenset({"full_attention", "attention", "full", "global", "global_attention"})
+MLPS = frozenset({"mlp", "moe"})  # layers that are an MLP alone
+PATTERN = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}  # letters of Nemotron-H's hybrid_override_pattern
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Attention:
 
     ``window``: tokens a sliding or chunked layer looks back. MLA: ``latent`` (kv_lora_rank), ``rope_dim``,
     ``nope_dim``, ``q_rank`` (0: q is one matrix), ``index_heads`` of ``index_dim`` that the indexer of sparse attention
-    chooses by, ``index_bytes`` of a token in its cache (all 0: it has none, or reads an earlier layer's choice). State:
+    chooses by (0: it has none, or reads an earlier layer's choice). State:
     ``state`` elements for one request over all heads (conv and recurrent), ``state_bytes``: bytes of a recurrent one
     (0: as the model's others), ``projection``: elements of its matrices. ``shared``: it reads the KV cache of an earlier
     layer and has none.
@@ -81,13 +83,17 @@ class Attention:
     q_rank: int = 0
     index_heads: int = 0
     index_dim: int = 0
-    index_bytes: int = 0
     bias: bool = False
     state: tuple[int, int] = (0, 0)
     state_bytes: int = 0
     projection: int = 0
     state_heads: int = 0
     shared: bool = False
+
+    @property
+    def index_bytes(self) -> int:
+        """Of a token in the indexer's cache: 8 bits an element, a scale of 32 for each 128 (deepseek_v2.py)."""
+        return self.index_dim + self.index_dim // 128 * 4
 
 
 @dataclass(frozen=True)
@@ -342,8 +348,8 @@ def parse_config(
     read = _Reader(text)
 
     hidden = read.count("hidden_size", "n_embd", "d_model", "dim", high=1 << 20)
-    blocks = len(_blocks(text)) or None
-    num_layers = read.count("num_hidden_layers", "n_layer", "num_layers", "n_layers", default=blocks, high=2048)
+    named = len(_layer_names(text)) or None
+    num_layers = read.count("num_hidden_layers", "n_layer", "num_layers", "n_layers", default=named, high=2048)
     heads = 1
     if stateful is None:
         heads = read.count("num_attention_heads", "n_head", "num_heads", "n_heads", high=4096)
@@ -518,19 +524,13 @@ def _max_position(read: _Reader, text: Config, model_type: str) -> int:
     return limit
 
 
-# Kinds of layers that are a mixer or an MLP, by the letters of Nemotron-H's hybrid_override_pattern.
-BLOCKS = {"mamba": "M", "moe": "E", "mlp": "-"}
-
-
-def _blocks(text: Config) -> str:
-    """The letter of each layer where each is a mixer (M: Mamba, *: attention) or an MLP (-: dense, E: experts); else empty."""
+def _layer_names(text: Config) -> list[str]:
+    """What the config calls each layer, in words; empty where it does not say."""
     pattern = text.get("hybrid_override_pattern")
     if isinstance(pattern, str):
-        return pattern
-    types = text.get("layers_block_type")
-    if not isinstance(types, (list, tuple)) or not {"mlp", "moe"}.intersection(map(str, types)):
-        return ""
-    return "".join(BLOCKS.get(str(item), "*") for item in types)
+        return [PATTERN.get(letter, "none") for letter in pattern]
+    types = text.get("layer_types") or text.get("layers_block_type")
+    return [str(item) for item in types] if isinstance(types, Sequence) and not isinstance(types, str) else []
 
 
 def _kinds(read: _Reader, model_type: str, num_layers: int, notes: list[str]) -> list[str]:
@@ -551,21 +551,17 @@ def _kinds(read: _Reader, model_type: str, num_layers: int, notes: list[str]) ->
     hybrid = read.items("hybrid_layer_pattern", num_layers)
     if hybrid:
         return ["sliding" if hybrid[index] == 1 else "full" for index in range(num_layers)]
-    pattern = _blocks(text)
-    if len(pattern) >= num_layers:
-        return [{"M": "state", "*": "full"}.get(char, "none") for char in pattern[:num_layers]]
-    types = text.get("layer_types") or text.get("layers_block_type")
-    if isinstance(types, Sequence) and not isinstance(types, str) and len(types) >= num_layers:
+    names = _layer_names(text)
+    if len(names) >= num_layers:
         kinds = []
-        for item in types[:num_layers]:
-            name = str(item)
+        for name in names[:num_layers]:
             if name in SLIDING:
                 kinds.append("sliding")
             elif name in CHUNKED:
                 kinds.append("chunked")
             elif name in STATEFUL:
                 kinds.append("state")
-            elif name in ("mlp", "moe", "none"):
+            elif name in MLPS or name == "none":
                 kinds.append("none")
             else:
                 if name not in FULL:
@@ -689,7 +685,11 @@ def _layers(
     dense = Mlp(read.count("intermediate_size_mlp", default=intermediate, high=1 << 24), gated)
     sparse, is_sparse = _experts(read, num_layers, intermediate, gated)
     kinds = _kinds(read, model_type, num_layers, notes)
-    pattern = _blocks(text)
+    names = _layer_names(text)
+    # Where MLPs are layers of their own, the others have none.
+    apart = len(names) >= num_layers and (
+        isinstance(text.get("hybrid_override_pattern"), str) or MLPS.intersection(names)
+    )
     blocks = text.get("block_configs")
     sizes = dict(enumerate(blocks)) if isinstance(blocks, list) else {}
     # Gemma 3n and 4: the last layers read the KV cache of earlier ones, and may have an MLP of twice the width for it.
@@ -700,8 +700,8 @@ def _layers(
     for index, kind in enumerate(kinds):
         shares = index >= shared_from
         mlp: Mlp | None = sparse if sparse and is_sparse[index] else beyond if shares else dense
-        if len(pattern) >= num_layers:
-            mlp = dense if pattern[index] == "-" else (sparse if pattern[index] == "E" else None)
+        if apart:
+            mlp = {"mlp": dense, "moe": sparse}.get(names[index])
         if mlp and mlp.experts and isinstance(sizes.get(index), Mapping):
             own = _Reader(sizes[index], f"config.block_configs[{index}]")  # Nemotron-H Puzzle: experts of unlike sizes
             mlp = replace(
@@ -717,12 +717,10 @@ def _layers(
             made = replace(made, attention=replace(made.attention, shared=True))
         indexed = kind == "mla" and _has_indexer(read, index)
         if indexed and made.attention:
-            size = read.count("index_head_dim", default=128)
             chooser = replace(
                 made.attention,
                 index_heads=read.count("index_n_heads", default=64),
-                index_dim=size,
-                index_bytes=size + size // 128 * 4,  # 8 bits an element, a scale of 32 for each 128
+                index_dim=read.count("index_head_dim", default=128),
             )
             made = replace(made, attention=chooser)
         layers.append(cache.setdefault((kind, mlp, shares, indexed), made))

@@ -40,12 +40,12 @@ def shape(name: str, **arguments: Any) -> ModelShape:
 
 def measured() -> list[Any]:
     found = []
-    for file in ("h200_vllm_0.25.1.json", "h200_measured.json", "h100_vllm_0.25.1.json"):
-        data = json.loads((TRUTH / file).read_text())
+    for file in sorted(TRUTH.glob("h*.json")):
+        data = json.loads(file.read_text())
         for number, row in enumerate(data["rows"]):
             version = row.get("vllm") or data["meta"]["vllm"]
             row["gpu_memory_total_mib"] = data["meta"]["memory_total_mib"]
-            found.append(pytest.param(version, row, id=f"{file[:4]}-{version}-{row['model']}-{number}"))
+            found.append(pytest.param(version, row, id=f"{file.name[:4]}-{version}-{row['model']}-{number}"))
     return found
 
 

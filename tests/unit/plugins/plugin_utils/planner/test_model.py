@@ -18,6 +18,7 @@ from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.memory impo
 from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.model import (
     ModelShape,
     expert_group,
+    matrices,
     padded_vocab,
     parse_config,
     pp_layers,
@@ -456,13 +457,35 @@ def test_experts_of_other_forms(raw: dict[str, Any], billions: float) -> None:
     assert parse_config(raw).parameters / 1e9 == pytest.approx(billions, rel=0.005)
 
 
-def test_layers_named_in_words_are_those_of_the_letters() -> None:
+def test_a_latent_is_whole_on_every_gpu_and_makes_the_experts_room_small() -> None:
+    shape = parse_config(NEMOTRON3_SUPER)
+    for tp in (1, 4):
+        found = [
+            (rows, columns)
+            for name, rows, columns, _ in matrices(shape, tp, 1, range(88), True, True)
+            if "latent" in name
+        ]
+        assert found == [(1024, 4096), (4096, 1024)] * 40
+    wide = parse_config({**NEMOTRON3_SUPER, "moe_latent_size": None})
+    gpu = {
+        "gpu_memory_total_mib": 143771,
+        "compute_capability": "9.0",
+        "tensor_parallel_size": 8,
+        "max_num_batched_tokens": 8192,
+    }
+    small, large = (engine_memory(one, **gpu).activation_gib for one in (shape, wide))
+    # 22 experts a token read and write 4096 elements of 2 bytes instead of 1024.
+    assert large - small == pytest.approx(8192 * 22 * 2 * (4096 - 1024) * 2 / 2**30, rel=0.01)
+
+
+@pytest.mark.parametrize("field", ["layers_block_type", "layer_types"])
+def test_layers_named_in_words_are_those_of_the_letters(field: str) -> None:
     words = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}
     pattern = "ME*-" * 22
     letters = parse_config({**NEMOTRON3_SUPER, "hybrid_override_pattern": pattern})
     named = parse_config({**NEMOTRON3_ULTRA, **{key: NEMOTRON3_SUPER[key] for key in ("hidden_size", "moe_latent_size", "mamba_num_heads",
         "num_attention_heads", "moe_intermediate_size", "intermediate_size", "moe_shared_expert_intermediate_size")},
-        "layers_block_type": [words[letter] for letter in pattern]})  # fmt: skip
+        "layers_block_type": None, field: [words[letter] for letter in pattern]})  # fmt: skip
     assert named.layers == letters.layers and named.num_layers == 88
 
 
