@@ -105,7 +105,7 @@ class Engine:
 
     def _follow(self, process):
         for line in process.stdout:
-            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.write(line.rstrip(b"\n") + b"\n")  # one that is killed leaves half a line
             sys.stdout.buffer.flush()
             self.last.append(line.decode("utf-8", "replace").strip())
 
@@ -318,10 +318,9 @@ class Head:
         self.stop_all(why)
         if len(self.failures) == FAILURES and now - self.failures[0] < WINDOW_S:
             say("left alone after %d failures within %d s" % (FAILURES, now - self.failures[0]))
-            print(why, flush=True)
-            self.leave(GIVE_UP)
+            self.leave(GIVE_UP, why)
 
-    def leave(self, status):
+    def leave(self, status, why=""):
         self.tell(do="stop", why="rank 0 leaves")
         self.leaving = True
         self.engine.stop()
@@ -329,6 +328,8 @@ class Head:
         while self.engine.running and time.monotonic() < deadline:
             time.sleep(0.1)
         kill_descendants()
+        if why:  # the last line of all, behind what the engine of this host still says as it ends
+            print(why, flush=True)
         sys.exit(status)
 
     def stranger(self, hello):
@@ -413,8 +414,7 @@ class Head:
             last = now - self.unlike.setdefault(rank, now) > 2 * self.options.patience
             self.on_refused(hello["address"], problem, link, last)
             if last:
-                print("RankError: " + problem, flush=True)
-                self.leave(GIVE_UP)
+                self.leave(GIVE_UP, "RankError: " + problem)
             return
         self.unlike.pop(rank, None)
         if rank in self.links:

@@ -138,8 +138,18 @@ def test_a_host_that_falls_silent_ends_all_engines(ranks: Callable[..., list[Ran
     until(lambda: first.engine() not in (0, engine) and second.engine(), 40)
 
 
-def test_engines_that_end_again_and_again_are_left_alone(ranks: Callable[..., list[Rank]]) -> None:
-    first, second = ranks(engine="raise SystemExit('ValueError: no room for the model')")
+FAILS = "import time; time.sleep(0.5); raise SystemExit('ValueError: no room for the model')"
+TALKS = """
+import os, signal, time
+signal.signal(15, lambda *_: (print('RuntimeError: asked to end', end='', flush=True), os._exit(1)))
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("engine", [FAILS, TALKS])
+def test_engines_that_end_again_and_again_are_left_alone(ranks: Callable[..., list[Rank]], engine: str) -> None:
+    first, second = ranks(engine=FAILS)
+    first.command[-1] = engine  # what it says as it is ended does not hide the reason
     first.start()
     second.start()
     assert first.process
