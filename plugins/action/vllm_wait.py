@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from ansible.plugins.action import ActionBase
@@ -11,6 +12,9 @@ from ansible.utils.display import Display
 
 # Seconds after which a stage that goes on is shown again.
 SLICE_S = 60
+# Of several servers, each is looked at for so long before the next one is.
+SHARED_SLICE_S = 3
+MODULE = "baremetal.vllm.vllm_wait"
 display = Display()
 
 
@@ -23,18 +27,39 @@ class ActionModule(ActionBase):  # type: ignore[misc] # Ansible has no types
         super().run(tmp, task_vars)
         arguments = {**self._task.args}
         if "slice" in arguments:  # somebody wants to do this himself
-            answer: dict[str, Any] = self._execute_module(module_args=arguments, task_vars=task_vars)
-            return answer
+            return self.wait(arguments, task_vars)
         name = (arguments.get("values") or {}).get("name") or arguments.get("url")
-        host = (task_vars or {}).get("inventory_hostname", "")
-        shown = ""
-        while True:
-            answer = self._execute_module(module_args={**arguments, "slice": SLICE_S}, task_vars=task_vars)
-            if answer.get("failed") or not answer.get("starting"):
-                return answer
-            again = " still" if answer["stage"] == shown else ""
-            shown = answer["stage"]
-            display.display(
-                f"  [{host}] {name}:{again} {shown} ({answer['seconds']:.0f} of at most {answer['limit']} s)"
-            )
-            arguments["begun"] = answer["begun"]
+        return self.wait_for_all({name: arguments}, task_vars)[name]
+
+    def wait(self, arguments: dict[str, Any], task_vars: dict[str, Any] | None) -> dict[str, Any]:
+        answer: dict[str, Any] = self._execute_module(module_name=MODULE, module_args=arguments, task_vars=task_vars)
+        return answer
+
+    def wait_for_all(
+        self, waits: dict[str, dict[str, Any]], task_vars: dict[str, Any] | None
+    ) -> dict[str, dict[str, Any]]:
+        """Name -> the module's answer. Each in turn has a slice until all have answered or failed."""
+        host, answers = (task_vars or {}).get("inventory_hostname", ""), {}
+        shown: dict[str, tuple[str, float]] = {}
+        left, limit = {name: {**arguments} for name, arguments in waits.items()}, 0
+        while left:
+            for name, arguments in list(left.items()):
+                arguments["slice"] = SHARED_SLICE_S if len(left) > 1 else SLICE_S
+                answer = self.wait(arguments, task_vars)
+                if answer.get("failed") or not answer.get("starting"):
+                    answers[name] = answer
+                    del left[name]
+                    continue
+                arguments["begun"] = answer["begun"]
+                stage, since = shown.get(name, ("", 0.0))
+                if answer["stage"] != stage or time.monotonic() - since >= SLICE_S:
+                    still = " still" if answer["stage"] == stage else ""
+                    display.display(
+                        f"  [{host}] {name}:{still} {answer['stage']} ({answer['seconds']:.0f} of at most {answer['limit']} s)"
+                    )
+                    shown[name] = answer["stage"], time.monotonic()
+            # They share the host's disk and processors: each may take as long as all would one after another.
+            limit = limit or sum(arguments["begun"]["limit"] for arguments in left.values())
+            for arguments in left.values():
+                arguments["begun"]["limit"] = limit
+        return answers

@@ -24,6 +24,7 @@ STANDIN = ROOT / "tests/fakes/vllm_standin"
 FAILURE = ROOT / "tests/unit/plugins/modules/captures/vllm_0.32.0_max_model_len.txt"
 RECAP = re.compile(r"^here\s*:.*?changed=(\d+).*?failed=(\d+)", re.M)
 PORTS = {"one": 18110, "two": 18111}
+START_S = 8
 
 
 class Site:
@@ -32,7 +33,8 @@ class Site:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.services: dict[str, dict[str, Any]] = {
-            name: {"port": port, "env": {"MARKER": "a"}} for name, port in PORTS.items()
+            name: {"port": port, "env": {"MARKER": "a", "STANDIN_START_S": str(START_S)}}
+            for name, port in PORTS.items()
         }
         # A disk for data, as hosts have it: the kernel tells the real paths of what works there.
         (folder / "disk").mkdir()
@@ -107,9 +109,22 @@ def site() -> Iterator[Site]:
         site.play("playbooks/teardown.yml")
 
 
-def test_a_second_run_changes_nothing(site: Site) -> None:
+def began(pid: int) -> float:
+    """Seconds after the boot."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def test_services_that_share_nothing_start_together(site: Site) -> None:
     output, changed = site.play()
     assert changed > 0, output[-4000:]
+    one, two = (began(site.ask(name)["pid"]) for name in PORTS)
+    assert abs(one - two) < START_S, "one waited for the other to answer"
+    for service in site.services.values():
+        del service["env"]["STANDIN_START_S"]
+    site.play()
+
+
+def test_a_second_run_changes_nothing(site: Site) -> None:
     assert json.loads((site.folder / "v/config/one/measured.json").read_text())["measured"]["kv_cache_tokens"] == 131072
     assert site.play()[1] == 0
 
@@ -221,4 +236,23 @@ def test_another_name_on_the_same_port(site: Site) -> None:
     assert changed > 0, output[-4000:]
     assert site.ask("uno")["marker"] == "b"
     assert not (site.folder / "v/config/one").exists()
+    assert site.play()[1] == 0
+
+
+def test_of_several_new_services_one_does_not_start(site: Site) -> None:
+    before = site.ask("uno")
+    site.services |= {
+        "three": {"port": 18114, "env": {"STANDIN_FAIL": str(FAILURE)}},
+        "four": {"port": 18115, "env": {"STANDIN_START_S": str(START_S)}},
+    }
+    output = " ".join(site.play()[0].split())
+    assert "failed=1" in output
+    assert "three did not start, and there is no configuration of it that worked before: vLLM has ended after" in output
+    assert "the model's own context is 2048 tokens. Set max_model_len: 2048 of the service" in output
+    assert site.ask("four")["id"] and site.ask("uno") == before
+    with pytest.raises(OSError):
+        site.ask("three")
+    site.services["three"]["env"] = {"MARKER": "g"}
+    output, changed = site.play()
+    assert changed > 0 and site.ask("three")["marker"] == "g", output[-4000:]
     assert site.play()[1] == 0

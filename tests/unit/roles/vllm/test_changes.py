@@ -58,7 +58,7 @@ class Host:
         given = {
             "svc": self.svc, "vllm_user": me, "__vllm_user_id": me, "__vllm_manager": "supervisor",
             "__vllm_supervisorctl": [str(self.folder / "supervisorctl")], "vllm_state_dir": str(self.folder / "home"),
-            "__vllm_records": {"files": {}}, **variables,
+            "__vllm_records": {"files": {}}, "__vllm_begun": {}, **variables,
         }  # fmt: skip
         begin = {"ansible.builtin.set_fact": {"__vllm_failures": []}}
         end = {"ansible.builtin.debug": {"msg": "failures: {{ __vllm_failures | join(' + ') }}"}}

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -331,3 +333,32 @@ def test_blocks_of_another_size(line: str) -> None:
     blocks = "\nINFO gpu_executor.py:122] # GPU blocks: 1000, # CPU blocks: 512"
     assert measured(line + blocks) == {"kv_cache_tokens": 64000, "engines": 1}
     assert measured(line.replace("64", "None") + blocks)["kv_cache_tokens"] == 16000
+
+
+def test_who_starts_together(render: Callable[..., Any], role_vars: Callable[..., dict[str, Any]]) -> None:
+    """Of a round: what does not run and shares no GPU, on a host with no engine of a service over several hosts."""
+    rounds = {"chat": 0, "embed": 0, "shared": 0, "running": 0, "later": 1, "elsewhere": 0}
+    services: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "state_dir": f"/var/lib/vllm/{name}",
+            "turn": ["python", "1"] if name == "shared" else [],
+            "span": None,
+        }
+        for name in rounds
+        if name != "elsewhere"
+    ]
+
+    def firsts(**more: Any) -> Any:
+        return render(
+            "{{ __vllm_firsts }}",
+            **role_vars("vllm", "main"),
+            __vllm_all=[*services, *more.get("spans", [])],
+            vllm_plan_result={"services": [{"name": name, "round": number} for name, number in rounds.items()]},
+            __vllm_round=0,
+            __vllm_probe={"listeners": {"8003": {"cwd": "/var/lib/vllm/running"}}},
+        )
+
+    assert firsts() == ["chat", "embed"]
+    wide = {"name": "wide", "state_dir": "/var/lib/vllm/wide", "turn": [], "span": {"hosts": ["one", "two"]}}
+    assert firsts(spans=[wide]) == []
