@@ -28,6 +28,9 @@ LISTS = (MANIFEST, "SHA256SUMS", "sha256sums.txt")
 MODELSCOPE_LIMIT = 3000
 # Weights in formats that vLLM does not read where safetensors lie beside them, and Mistral's second copy of those.
 DUPLICATES = ("*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.ot", "*.pt", "*.pth", "consolidated*.safetensors")
+# A module of sentence-transformers, such as 2_Dense, is a part of the model, with weights in a format of its own; other folders hold the
+# same weights once more (Llama's `original`).
+PART = re.compile(r"(?:\d+_\w+/)?")
 SECRET_HEADERS = ("Authorization", "Cookie")
 AGENT = "baremetal.vllm"
 
@@ -287,9 +290,12 @@ def local_files(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = os.path.join(parent, name)
-            facts = os.stat(path)
             if name == MANIFEST or name.startswith("."):
                 continue
+            try:
+                facts = os.stat(path)
+            except (IOError, OSError) as error:
+                raise Problem("%s cannot be read: %s. Put it right, or take it away" % (path, error.strerror))
             # Where nobody has said what is right, at least a change is noticed.
             tag = "%d" % facts.st_mtime
             yield {"path": os.path.relpath(path, folder), "size": facts.st_size, "sha256": "", "git": "", "tag": tag}
@@ -328,14 +334,20 @@ def select(files, include, exclude, duplicates):
         return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
     kept = [entry for entry in files if match(entry["path"], include) and not match(entry["path"], exclude)]
-    usual = [
-        entry["path"]
+
+    def part(path):
+        return PART.match(path).group()
+
+    usual = set(
+        part(entry["path"])
         for entry in kept
         if entry["path"].endswith(".safetensors") and not match(entry["path"], DUPLICATES)
+    )
+    return [
+        entry
+        for entry in kept
+        if duplicates or not match(entry["path"], DUPLICATES) or part(entry["path"]) not in usual
     ]
-    if usual and not duplicates:
-        kept = [entry for entry in kept if not match(entry["path"], DUPLICATES)]
-    return kept
 
 
 def selection(include, exclude, duplicates):

@@ -14,6 +14,10 @@ version_added: 0.1.0
 description:
   - The engine that is installed and the one that runs, their settings, unit and packages. Never changes or starts anything.
 options:
+  data_root:
+    description: Folder that the engine is to keep its data in, or nothing.
+    type: str
+    default: ""
   engines:
     description: Packages that bring an engine.
     type: list
@@ -50,6 +54,13 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+data_roots:
+  description:
+    - C(path) behind all links, and whether it C(exists), of O(data_root) and of the folder that daemon.json names. The engine tells of the
+      first alone.
+  returned: success
+  type: dict
+  sample: {/data/docker: {path: /mnt/disk/docker, exists: true}}
 daemon_json:
   description: C(options) of daemon.json, or C(error), which names file, line and column of what cannot be read.
   returned: success
@@ -262,6 +273,8 @@ def look(asked):
     nofile_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     installed = packages()
     service = unit()
+    settings = daemon_json()
+    roots = [asked["data_root"], settings["options"].get("data-root")]
     # What the engine reads once, when it starts: newer than the engine means not in force yet.
     read_at_start = [DAEMON_JSON, ENGINE_ENV] + sorted(glob.glob(DROP_INS))
     return {
@@ -275,7 +288,12 @@ def look(asked):
             path for path in read_at_start if pid and os.path.exists(path) and os.path.getmtime(path) > start + 1
         ],
         "info": engine_info() if pid else {},
-        "daemon_json": daemon_json(),
+        "daemon_json": settings,
+        "data_roots": {
+            root: {"path": os.path.realpath(root), "exists": os.path.isdir(root)}
+            for root in roots
+            if root and isinstance(root, str)
+        },
         "packages": {name: installed[name] for name in asked["packages"] if name in installed},
         "engine_package": next((name for name in asked["engines"] if name in installed), ""),
         "objection": objection(dockerd, version.group(1), service["arguments"], asked["settings"])
@@ -293,6 +311,7 @@ def main():
     module = AnsibleModule(
         argument_spec={
             "packages": {"type": "list", "elements": "str", "default": []},
+            "data_root": {"type": "str", "default": ""},
             "engines": {"type": "list", "elements": "str", "default": []},
             "files": {"type": "list", "elements": "path", "default": []},
             "nofile": {"type": "int", "default": 0},

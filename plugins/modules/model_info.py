@@ -171,12 +171,17 @@ SENTENCE_CONFIGS = [
 ]
 
 
+INDEX = "model.safetensors.index.json"
+
+
 def weight_size(sizes):
     """Bytes of the weights, given name -> bytes: safetensors where there are any, else what older models have."""
     for suffix in (".safetensors", ".bin", ".pt"):
-        found = [size or 0 for name, size in sizes.items() if name.endswith(suffix) and "/" not in name]
-        if found:
-            return sum(found)
+        names = [name for name in sizes if name.endswith(suffix) and "/" not in name]
+        # Mistral's second copy counts where it is the only one.
+        names = [name for name in names if not name.startswith("consolidated")] or names
+        if names:
+            return sum(sizes[name] or 0 for name in names)
     return 0
 
 
@@ -211,6 +216,7 @@ def from_folder(path):
         config = parse_config(read("config.json"), where)
         sizes = dict((name, os.path.getsize(os.path.join(path, name))) for name in os.listdir(path))
         config = with_sentence_length(config, sizes, read)
+        shards = set((parse_config(read(INDEX), INDEX).get("weight_map") or {}).values()) if INDEX in sizes else set()
     except (IOError, OSError) as error:
         raise Problem(
             "no model in %s: %s (%s): give the folder that holds config.json and the weights"
@@ -219,6 +225,12 @@ def from_folder(path):
     weights = weight_size(sizes)
     if weights == 0:
         raise Problem("%s has config.json and no weights (*.safetensors): finish the download of the model" % path)
+    missing = sorted(shards - set(sizes))
+    if missing:
+        raise Problem(
+            "%s lacks %d of the %d files that %s names (%s): finish the download of the model"
+            % (path, len(missing), len(shards), INDEX, ", ".join(missing[:3]) + (", ..." if missing[3:] else ""))
+        )
     return {"config": config, "weights_bytes": weights, "present": True}
 
 

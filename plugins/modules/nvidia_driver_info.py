@@ -480,7 +480,7 @@ def short_of_space(folders):
 
 def existing(path):
     while not os.path.isdir(path):
-        path = os.path.dirname(path)
+        path = os.path.dirname(path) or "/"
     return path
 
 

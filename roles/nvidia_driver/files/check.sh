@@ -14,8 +14,11 @@ libraries() {
   done
 }
 
+# Debian's own are called otherwise.
 module() {
-  modinfo -k "$kernel" -F version nvidia 2>/dev/null || modinfo -k "$kernel" -F version nvidia-current 2>/dev/null
+  for name in nvidia nvidia-current nvidia-current-open; do
+    modinfo -k "$kernel" -F version "$name" 2>/dev/null && return
+  done
 }
 
 wanted=$(libraries)

@@ -45,7 +45,7 @@ def look(**other: Any) -> dict[str, Any]:
         "packages": {"docker.io": "20.10.24+dfsg1-1", "docker-cli": "20.10.24+dfsg1-1"}, "pid": 1,
         "unit": {"exists": True, "enabled": True, "needs_reload": False, "arguments": []},
         "info": {"settings": {"data-root": "/var/lib/docker"}, "images": 2, "containers": 1, "swarm": False, "runtimes": []},
-        "daemon_json": {"options": {}, "error": ""}, "files": {}, "newer_files": [], "foreign_sources": [], "objection": "",
+        "daemon_json": {"options": {}, "error": ""}, "data_roots": {}, "files": {}, "newer_files": [], "foreign_sources": [], "objection": "",
         "package_lists": True, "nofile_limit": 2**20, "nofile_possible": True, **other,
     }  # fmt: skip
 
@@ -79,6 +79,21 @@ def test_a_data_root_with_something_in_it_is_left_by_consent(docker: Callable[..
     empty = {"info": {**look()["info"], "images": 0, "containers": 0}}
     assert docker("problems", empty, **said) == []
     assert docker("daemon_options", **said, docker_leave_old_data_root=True)["data-root"] == "/data/docker"
+
+
+def test_a_data_root_behind_a_link(docker: Callable[..., Any]) -> None:
+    """The engine tells of the folder that the link leads to."""
+    found = {
+        "daemon_json": {"options": {"data-root": "/data/docker"}, "error": ""},
+        "data_roots": {"/data/docker": {"path": "/mnt/nvme/docker", "exists": True}},
+        "info": {**look()["info"], "settings": {"data-root": "/mnt/nvme/docker"}},
+    }
+    assert docker("differences", found, docker_data_root="/data/docker") == []
+    assert docker("problems", found, docker_data_root="/data/docker") == []
+    found["info"] = look()["info"]
+    assert docker("differences", found) == ["data-root of daemon.json is not in force"]
+    (problem,) = docker("problems", found, docker_data_root="/data/docker")
+    assert "keeps 2 images and 1 containers in /var/lib/docker" in " ".join(problem.split())
 
 
 def test_a_version_that_is_asked_for(docker: Callable[..., Any]) -> None:

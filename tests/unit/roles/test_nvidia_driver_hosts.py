@@ -4,6 +4,8 @@ written here. The same on test hosts: molecule/nvidia_driver_changes_standin and
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support import ROOT, run
 
 from ansible_collections.baremetal.vllm.plugins.modules.nvidia_driver_info import of_generations
 
@@ -191,6 +194,47 @@ def test_the_tree_in_dkms_has_the_name_that_its_package_gave_it(host: Callable[.
     assert host("__nvidia_driver_tree", DEBIAN, H200, **PACKAGE) == "nvidia-current"
     assert host("__nvidia_driver_tree", DEBIAN, H200, **RUNFILE) == "nvidia"
     assert host("__nvidia_driver_tree", UBUNTU, H200, **PACKAGE) == "nvidia"
+    # PACKAGE_NAME of nvidia-open-kernel-dkms 550.163.01-2
+    opened = {**PACKAGE, "nvidia_driver_module_type": "open"}
+    assert host("__nvidia_driver_tree", DEBIAN, H200, **opened) == "nvidia-current-open"
+    rows = host("__nvidia_driver_files", DEBIAN, H200, **opened)
+    assert {row["path"]: row["wanted"] for row in rows if row["path"].startswith("/etc/dkms/")} == {
+        "/etc/dkms/nvidia-current-open.conf": True,
+        "/etc/dkms/nvidia.conf": False,
+        "/etc/dkms/nvidia-current.conf": False,
+    }
+
+
+@pytest.mark.parametrize("name", ["nvidia", "nvidia-current", "nvidia-current-open", "nvidia-other"])
+def test_the_check_at_boot_knows_each_name_of_the_module(tmp_path: Path, name: str) -> None:
+    script = (ROLE / "files/check.sh").read_text()
+    begin = script.index("module() {")
+    (tmp_path / "modinfo").write_text(f'#!/bin/sh\n[ "$5" = {name} ] && echo 550.163.01\n')
+    (tmp_path / "modinfo").chmod(0o755)
+    function = script[begin : script.index("\n}\n", begin) + 3]
+    done = subprocess.run(
+        ["sh", "-c", f"PATH={tmp_path}:$PATH kernel=6.1; {function} module"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == ("" if name == "nvidia-other" else "550.163.01\n")
+
+
+def test_the_controller_is_not_changed_where_only_a_reboot_ends_the_change(tmp_path: Path) -> None:
+    """The role reboot would refuse, and the way back would take away what was installed."""
+    include = {"name": "baremetal.vllm.nvidia_driver", "tasks_from": "release"}
+    said = {
+        "__nvidia_driver_here": False,
+        "__nvidia_driver_busy": True,
+        "__nvidia_driver_released": {"loaded": ["nvidia"], "problems": []},
+        "nvidia_driver_reboot": True,
+    }
+    play = {"hosts": "localhost", "connection": "local", "gather_facts": False}
+    play["tasks"] = [{"ansible.builtin.include_role": include, "vars": said}]
+    (tmp_path / "play.yml").write_text(json.dumps([play]))
+    done = run(["ansible-playbook", "-i", "localhost,", tmp_path / "play.yml"], ROOT, ANSIBLE_NOCOLOR="1")
+    assert "is the controller itself (its connection is local). Set baremetal_reboot" in " ".join(done.stdout.split())
 
 
 def test_a_fabric_manager_is_no_driver_in_the_way(host: Callable[..., Any]) -> None:

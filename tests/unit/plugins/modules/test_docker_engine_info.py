@@ -42,6 +42,19 @@ def test_a_host_without_an_engine(run_module: Callable[..., dict[str, Any]], mon
     assert run_module(docker_engine_info, nofile=2**60)["nofile_possible"] is False
 
 
+def test_folders_of_data_behind_links(
+    run_module: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "disk/docker").mkdir(parents=True)
+    (tmp_path / "data").symlink_to("disk")
+    there, to_be = f"{tmp_path}/data/docker", f"{tmp_path}/data/other"
+    monkeypatch.setattr(docker_engine_info, "daemon_json", lambda: {"options": {"data-root": there}, "error": ""})
+    assert run_module(docker_engine_info, data_root=to_be)["data_roots"] == {
+        there: {"path": f"{tmp_path}/disk/docker", "exists": True},
+        to_be: {"path": f"{tmp_path}/disk/other", "exists": False},
+    }
+
+
 DOCKERD = """#!/bin/sh
 [ "$*" = --version ] && {{ echo "Docker version {version}, build 1"; exit; }}
 echo "$*" > {folder}/arguments

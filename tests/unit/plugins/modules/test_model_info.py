@@ -130,6 +130,54 @@ def test_what_is_left_at_the_hub(hub: Hub, read: Callable[..., Any]) -> None:
     assert paths(include=["config.json", "tok*"]) == {"config.json", "tokenizer.json"}
 
 
+def test_parts_of_a_model_in_folders_of_their_own(hub: Hub, read: Callable[..., Any], tmp_path: Path) -> None:
+    """A layer of sentence-transformers has weights of its own, in whatever format; Llama's `original` has the same ones once more."""
+
+    def weights(name: str, *files: str) -> set[str]:
+        hub.add(
+            f"owner/{name}", write(tmp_path / name, {"config.json": json.dumps(CONFIG)} | dict.fromkeys(files, b"a"))
+        )
+        return {entry["path"] for entry in read(f"owner/{name}", endpoint=hub.url)["files"]} - {"config.json"}
+
+    dense, other = "2_Dense/pytorch_model.bin", "2_Dense/model.safetensors"
+    copies = ["pytorch_model.bin", "original/consolidated.00.pth"]
+    assert weights("dense", "model.safetensors", dense, *copies) == {"model.safetensors", dense}
+    assert weights("old", "pytorch_model.bin", other, dense) == {"pytorch_model.bin", other}
+
+
+def test_a_second_copy_in_a_folder_of_ones_own_is_not_counted(read: Callable[..., Any], tmp_path: Path) -> None:
+    files = {name: content for name, content in model_files().items() if "original" not in name}
+    folder = write(tmp_path / "mistral", files | {"consolidated.safetensors": b"d" * 3500})
+    assert read(str(folder))["weights_bytes"] == 3500
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        (folder / name).unlink()
+    assert read(str(folder))["weights_bytes"] == 3500
+
+
+def test_a_folder_that_lacks_some_of_its_weights(read: Callable[..., Any], tmp_path: Path) -> None:
+    names = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+    index = {"weight_map": {f"layer.{n}": names[n % 3] for n in range(9)}}
+    folder = write(tmp_path / "half", model_files() | {"model.safetensors.index.json": json.dumps(index)})
+    assert read(str(folder))["problem"] == (
+        f"{folder} lacks 3 of the 3 files that model.safetensors.index.json names ({', '.join(names)}): "
+        "finish the download of the model"
+    )
+    write(folder, dict.fromkeys(names, b"a" * 10))
+    assert read(str(folder))["present"] is True
+
+
+def test_a_link_that_leads_nowhere_on_a_share(read: Callable[..., Any], tmp_path: Path) -> None:
+    share = write(tmp_path / "share", model_files())
+    (share / ".lock").symlink_to("gone")
+    (share / "README.md").symlink_to("gone")
+    problem = read(f"file://{share}", source="http")["problem"]
+    assert problem.endswith(
+        f"{share}/README.md cannot be read: No such file or directory. Put it right, or take it away"
+    )
+    (share / "README.md").unlink()
+    assert read(f"file://{share}", source="http")["weights_bytes"] == 3500
+
+
 def test_a_revision_becomes_a_commit(hub: Hub, read: Callable[..., Any], tmp_path: Path) -> None:
     commit = hub.add(REPO, write(tmp_path / "other", model_files(hidden_size=128)), revision="refs/pr/1")
     facts = read(endpoint=hub.url, revision="refs/pr/1")

@@ -215,3 +215,9 @@ def test_a_program_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pyt
     began = time.monotonic()
     assert nvidia_driver_info.smi(1) == {"version": "", "gpus": 0, "error": "no answer within 1 seconds"}
     assert time.monotonic() - began < 10
+
+
+def test_room_is_looked_for_above_folders_that_are_to_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert nvidia_driver_info.existing(str(tmp_path / "a/b")) == str(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert nvidia_driver_info.existing("cache/driver") == nvidia_driver_info.existing("") == "/"
