@@ -338,11 +338,11 @@ def select(files, include, exclude, duplicates):
     def part(path):
         return PART.match(path).group()
 
-    usual = set(
+    usual = {
         part(entry["path"])
         for entry in kept
         if entry["path"].endswith(".safetensors") and not match(entry["path"], DUPLICATES)
-    )
+    }
     return [
         entry
         for entry in kept

@@ -45,7 +45,8 @@ def look(**other: Any) -> dict[str, Any]:
         "packages": {"docker.io": "20.10.24+dfsg1-1", "docker-cli": "20.10.24+dfsg1-1"}, "pid": 1,
         "unit": {"exists": True, "enabled": True, "needs_reload": False, "arguments": []},
         "info": {"settings": {"data-root": "/var/lib/docker"}, "images": 2, "containers": 1, "swarm": False, "runtimes": []},
-        "daemon_json": {"options": {}, "error": ""}, "data_roots": {}, "files": {}, "newer_files": [], "foreign_sources": [], "objection": "",
+        "daemon_json": {"options": {}, "error": ""}, "data_roots": {}, "files": {},
+        "newer_files": [], "foreign_sources": [], "objection": "",
         "package_lists": True, "nofile_limit": 2**20, "nofile_possible": True, **other,
     }  # fmt: skip
 
