@@ -41,16 +41,21 @@ class ActionModule(ActionBase):  # type: ignore[misc] # Ansible has no types
         """Name -> the module's answer. Each in turn has a slice until all have answered or failed."""
         host, answers = (task_vars or {}).get("inventory_hostname", ""), {}
         shown: dict[str, tuple[str, float]] = {}
-        left, limit = {name: {**arguments} for name, arguments in waits.items()}, 0
+        left = {name: {**arguments} for name, arguments in waits.items()}
+        limits: dict[str, int] = {}
+        elapsed, limit = 0.0, 0
         while left:
+            before = len(left)
             for name, arguments in list(left.items()):
                 arguments["slice"] = SHARED_SLICE_S if len(left) > 1 else SLICE_S
                 answer = self.wait(arguments, task_vars)
+                elapsed = max(elapsed, answer.get("seconds", 0.0))
                 if answer.get("failed") or not answer.get("starting"):
                     answers[name] = answer
                     del left[name]
                     continue
                 arguments["begun"] = answer["begun"]
+                limits.setdefault(name, answer["limit"])
                 stage, since = shown.get(name, ("", 0.0))
                 if answer["stage"] != stage or time.monotonic() - since >= SLICE_S:
                     still = " still" if answer["stage"] == stage else ""
@@ -58,8 +63,12 @@ class ActionModule(ActionBase):  # type: ignore[misc] # Ansible has no types
                         f"  [{host}] {name}:{still} {answer['stage']} ({answer['seconds']:.0f} of at most {answer['limit']} s)"
                     )
                     shown[name] = answer["stage"], time.monotonic()
-            # They share the host's disk and processors: each may take as long as all would one after another.
-            limit = limit or sum(arguments["begun"]["limit"] for arguments in left.values())
+            # They share the host's disk and processors: each may take as long as all would one after another, and no longer than those
+            # that are left would from now on.
+            if not limit:
+                limit = sum(limits[name] for name in left)
+            elif len(left) < before:
+                limit = min(limit, int(elapsed) + sum(limits[name] for name in left))
             for arguments in left.values():
                 arguments["begun"]["limit"] = limit
         return answers

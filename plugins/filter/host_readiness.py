@@ -25,7 +25,8 @@ options:
     description:
       - C(root) (where the environments lie), C(builds), C(image_disk_mib) (by device),
         C(tools) (their requirements), C(tools_dir), C(manager),
-        C(supervisor_dir), C(os_family), C(venv_package) (by family), C(may_install) (whether packages can be
+        C(supervisor_dir), C(supervisor_pid) (the file of its process), C(other_units) (of systemd, where a supervisor is to keep
+        them), C(os_family), C(venv_package) (by family), C(may_install) (whether packages can be
         installed) and C(gone) (state folders of services that are removed before any is started).
     type: dict
     required: true
@@ -166,6 +167,35 @@ def _ports(services: list[dict[str, Any]], listeners: dict[str, Any], gone: list
     return problems
 
 
+def _manager(probe: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """Servers that the other manager of services keeps: with two, each ends what the other starts."""
+    way = "run playbooks/teardown.yml with vllm_service_manager={other} first (models, settings and keys stay)"
+    if settings["manager"] == "supervisor":
+        units = [path for path in settings["other_units"] if probe["fingerprints"].get(path)]
+        there = f"systemd has {', '.join(units)}" if units else ""
+        other = "systemd"
+    else:
+        pid, other = probe["pids"].get(settings["supervisor_pid"], 0), "supervisor"
+        there = f"a supervisor keeps servers here (pid {pid}, {settings['supervisor_dir']})" if pid else ""
+    return [f"{there} and vllm_service_manager is {settings['manager']}: {way.format(other=other)}"] if there else []
+
+
+def _hidden(services: list[dict[str, Any]], settings: dict[str, Any]) -> list[str]:
+    """Folders that units of systemd do not see: they have a /tmp of their own (PrivateTmp)."""
+    if settings["manager"] != "systemd":
+        return []
+    found = {}
+    for service in services:
+        if service["runtime"] == "venv":
+            for key in ("model_path", "python", "state_dir", "config_dir"):
+                if service[key].startswith(("/tmp/", "/var/tmp/")):  # noqa: S108
+                    found[service[key]] = service["name"]
+    return [
+        f"{path} of service {name} is not seen by its unit, which has a /tmp of its own: take a folder elsewhere"
+        for path, name in found.items()
+    ]
+
+
 def host_readiness(services: list[dict[str, Any]], probe: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     problems = []
     builds = settings["builds"]
@@ -189,6 +219,8 @@ def host_readiness(services: list[dict[str, Any]], probe: dict[str, Any], settin
         )
     problems += _images(services, probe, settings)
     problems += _ports(services, probe["listeners"], settings["gone"])
+    problems += _manager(probe, settings) if services else []
+    problems += _hidden(services, settings)
     folder = settings["supervisor_dir"]
     if settings["manager"] == "supervisor" and len(folder) > SOCKET_PATH_MAX - len("/supervisor.sock"):
         problems.append(f"{folder} is too long for the address of a socket: set a shorter vllm_root")

@@ -76,6 +76,8 @@ SNAPSHOT = re.compile(r"(.*/models--[^/]+)/snapshots/.+")
 NO_FILES = ("--served-model-name", "--root-path", "--disable-access-log-for-endpoints")
 # Starts wait for each other through it.
 TURN = "baremetal_turn.py"
+# Seconds after which one that waits for it starts all the same, where the service says nothing: what it takes is known on its host alone.
+TURN_S = 1800
 # Memory that a server's start takes beyond what was planned for it.
 ROOM_SLACK = 1.05
 
@@ -318,7 +320,12 @@ def _service(
     start_timeout = user.get("start_timeout", settings["start_timeout"])
     places = [] if len(plan["hosts"]) > 1 else [place for place in _places(plan, host) if place in shared]
     # On the host, where all of its servers see each other.
-    turn = [settings["host_python"] if container else python, f"{lib}/{TURN}", f"{root_url}/health", str(start_timeout)]
+    turn = [
+        settings["host_python"] if container else python,
+        f"{lib}/{TURN}",
+        f"{root_url}/health",
+        str(start_timeout or TURN_S),
+    ]
     svc: dict[str, Any] = {
         "name": name,
         "unit": unit,
@@ -337,6 +344,8 @@ def _service(
             "task": plan["task"],
             "max_model_len": plan["max_model_len"],
             "tool_calls": "--enable-auto-tool-choice" in args,
+            # Where it is written a second time, to be taken away there once it is not.
+            **({"endpoint_file": user["endpoint_file"]} if user.get("endpoint_file") else {}),
             "vision": "vision_config" in user.get("config", {}),
             "gpus": plan["gpus"].get(host, []),
             "python": ["docker", "exec", "--interactive", "--env", "OPENAI_API_KEY", unit, python]

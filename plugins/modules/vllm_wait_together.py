@@ -49,7 +49,7 @@ RETURN = r"""
 servers:
   description:
     - What M(baremetal.vllm.vllm_wait) returns for each server, by its name. C(failed) and C(msg) of a server that did not start. C(seconds)
-      may be some seconds too high, as one server is looked at after another.
+      may be some seconds too high, as one server is looked at after another, and counts from the call, or from what its C(begun) says.
   returned: success
   type: dict
   sample: {chat: {seconds: 83.2, starting: false}, embed: {failed: true, msg: "vLLM has ended after 12 s instead of answering"}}

@@ -119,6 +119,9 @@ def test_services_that_share_nothing_start_together(site: Site) -> None:
     assert changed > 0, output[-4000:]
     one, two = (began(site.ask(name)["pid"]) for name in PORTS)
     assert abs(one - two) < START_S, "one waited for the other to answer"
+    for name in PORTS:
+        took = json.loads((site.folder / "v/config" / name / "measured.json").read_text())["seconds"]
+        assert START_S - 1 <= took <= 4 * START_S, "from its own start"
     for service in site.services.values():
         del service["env"]["STANDIN_START_S"]
     site.play()
@@ -221,11 +224,18 @@ def test_services_do_not_exchange_their_ports_in_one_run(site: Site) -> None:
 
 def test_what_is_not_listed_any_more_is_removed(site: Site) -> None:
     before = site.ask("one")
+    copies = [site.folder / "first.json", site.folder / "second.json"]
+    for copy in copies:
+        site.services["two"]["endpoint_file"] = str(copy)
+        assert site.play()[1] > 0
+    assert [copy.exists() for copy in copies] == [False, True], "it is told of in one place"
+    assert json.loads(copies[1].read_text())["service"] == "two"
+    assert site.play()[1] == 0
     del site.services["two"]
     output, changed = site.play()
     assert changed > 0, output[-4000:]
     assert site.ask("one") == before
-    assert not (site.folder / "v/config/two").exists()
+    assert not (site.folder / "v/config/two").exists() and not copies[1].exists()
     with pytest.raises(OSError):
         site.ask("two")
 

@@ -23,6 +23,8 @@ SETTINGS = {
     "tools_dir": "/opt/vllm/tools",
     "manager": "systemd",
     "supervisor_dir": "/opt/vllm/supervisor",
+    "supervisor_pid": "/opt/vllm/supervisor/supervisord.pid",
+    "other_units": [],
     "may_install": True,
     "os_family": "Debian",
     "venv_package": {"Debian": "python3-venv"},
@@ -47,12 +49,23 @@ def service(
         "device": device,
         "port": port,
         "state_dir": f"/var/lib/vllm/{name}",
+        "config_dir": f"/etc/vllm/{name}",
+        "model_path": f"/srv/models/{name}",
+        "python": f"{path}/bin/python",
+        "runtime": "venv" if venv else "container",
         "venv": {"path": path, "device": device, "version": version} if venv else None,
     }
 
 
 def probe(**seen: Any) -> dict[str, Any]:
-    told = {"pythons": [PYTHON], "free_mib": {"/opt/vllm": 99999}, "files": {}, "listeners": {}}
+    told = {
+        "pythons": [PYTHON],
+        "free_mib": {"/opt/vllm": 99999},
+        "files": {},
+        "listeners": {},
+        "fingerprints": {},
+        "pids": {},
+    }
     return {**told, "libraries": ["libnuma.so.1"], "programs": ["gcc"], **seen}
 
 
@@ -66,6 +79,30 @@ def stamp(device: str = "cpu") -> dict[str, str]:
 
 def judge(services: list[dict[str, Any]], seen: dict[str, Any], **settings: Any) -> dict[str, Any]:
     return host_readiness(services, seen, {**SETTINGS, **settings})
+
+
+def test_the_other_manager_keeps_servers_here() -> None:
+    pid = {SETTINGS["supervisor_pid"]: 77}
+    (problem,) = judge([service()], probe(pids=pid))["problems"]
+    assert problem == (
+        "a supervisor keeps servers here (pid 77, /opt/vllm/supervisor) and vllm_service_manager is systemd: run playbooks/teardown.yml "
+        "with vllm_service_manager=supervisor first (models, settings and keys stay)"
+    )
+    unit = "/etc/systemd/system/vllm-chat.service"
+    settings = {"manager": "supervisor", "other_units": [unit]}
+    assert judge([service()], probe(pids=pid, fingerprints={unit: ""}), **settings)["problems"] == []
+    (problem,) = judge([service()], probe(fingerprints={unit: "sum 0644 root"}), **settings)["problems"]
+    assert problem.startswith(f"systemd has {unit} and vllm_service_manager is supervisor: run playbooks/teardown.yml")
+
+
+@pytest.mark.parametrize("place", ["/tmp/models/chat", "/var/tmp/chat", "/tmpfs/chat"])
+def test_folders_that_a_unit_does_not_see(place: str) -> None:
+    problems = judge([{**service(), "model_path": place}], probe())["problems"]
+    seen = place.startswith("/tmpfs")
+    assert [problem.split(" is ")[0] for problem in problems] == ([] if seen else [f"{place} of service chat"])
+    for other in ({"runtime": "container"}, {}):
+        settings = {} if other else {"manager": "supervisor"}
+        assert judge([{**service(), "model_path": place, **other}], probe(), **settings)["problems"] == []
 
 
 def test_a_bare_host() -> None:

@@ -196,6 +196,11 @@ def test_servers_that_share_gpus_start_one_after_the_other(runtime: str, python:
     assert found["a"]["standby"]["turn"] == found["a"]["turn"], "it loads beside the other one as well"
     assert found["b"]["turn"][2:] == ["http://127.0.0.1:8001/health", "900", "1"]
     assert found["alone"]["turn"] == []
+    settings = {**SERVICE_SETTINGS, "start_timeout": 0}  # the role's default: as long as the weights take
+    (unsaid,) = [
+        svc for svc in host_services(vllm_plan(asked, [GPU_HOST]), "one", asked, settings) if svc["name"] == "b"
+    ]
+    assert unsaid["turn"][3] == "1800", "at 0 nobody would wait"
 
 
 def test_servers_over_several_hosts_wait_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

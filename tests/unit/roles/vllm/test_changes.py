@@ -203,6 +203,22 @@ def test_of_a_service_over_several_hosts_nothing_is_put_back(host: Host) -> None
     assert (host.config / "start.sh").read_text() == "new\n"
 
 
+def test_a_failure_of_one_of_several_items_is_told(host: Host) -> None:
+    """A task with a loop says of itself that one or more items failed."""
+    told = {
+        "path": str(host.folder / "nowhere/dd.json"),
+        "content": "{}",
+        "owner": "{{ __vllm_user_id }}",
+        "mode": "0644",
+    }
+    output = change(host, __vllm_told_files=[told])
+    assert "failures: chat did not start" in output and "Destination directory" in output and "does not exist" in output
+    assert (
+        "failures: chat did not start, and there is no configuration of it that worked before: One or more"
+        not in output
+    )
+
+
 def stand_by(host: Host, log: str) -> str:
     """A change with room for a second server, which says this and does not start; its service itself would."""
     host.svc |= {"room": True, "standby": {

@@ -341,6 +341,8 @@ def test_who_starts_together(render: Callable[..., Any], role_vars: Callable[...
     services: list[dict[str, Any]] = [
         {
             "name": name,
+            "runtime": "container",
+            "device": "cuda",
             "state_dir": f"/var/lib/vllm/{name}",
             "turn": ["python", "1"] if name == "shared" else [],
             "span": None,
@@ -350,15 +352,17 @@ def test_who_starts_together(render: Callable[..., Any], role_vars: Callable[...
     ]
 
     def firsts(**more: Any) -> Any:
-        return render(
-            "{{ __vllm_firsts }}",
-            **role_vars("vllm", "main"),
-            __vllm_all=[*services, *more.get("spans", [])],
-            vllm_plan_result={"services": [{"name": name, "round": number} for name, number in rounds.items()]},
-            __vllm_round=0,
-            __vllm_probe={"listeners": {"8003": {"cwd": "/var/lib/vllm/running"}}},
-        )
+        given = role_vars("vllm", "main") | {
+            "__vllm_all": [*services, *more.get("spans", [])],
+            "vllm_plan_result": {"services": [{"name": name, "round": number} for name, number in rounds.items()]},
+            "__vllm_round": 0,
+            "__vllm_manager": "systemd",
+            "__vllm_settings": {"container": {"gpus": more.get("gpus", "cdi")}},
+            "__vllm_probe": {"listeners": {"8003": {"cwd": "/var/lib/vllm/running"}}},
+        }
+        return render("{{ __vllm_firsts }}", **given)
 
     assert firsts() == ["chat", "embed"]
+    assert firsts(gpus="request") == [], "a reload of systemd takes GPUs that a container has not opened"
     wide = {"name": "wide", "state_dir": "/var/lib/vllm/wide", "turn": [], "span": {"hosts": ["one", "two"]}}
     assert firsts(spans=[wide]) == []
