@@ -3,7 +3,7 @@
 """Brings up four services on this machine's GPUs with `ansible-playbook site.yml`, and compares plan and reality.
 
     pip download --dest wheels --no-deps supervisor==4.3.0     # before, for a machine without a network
-    tests/device/serve.py VLLM_PYTHON OUT.json [--wheels wheels] [--python PYTHON] [--ansible PLAYBOOK] [--keep] [--boot]
+    tests/device/serve.py VLLM_PYTHON OUT.json [--wheels wheels] [--python PYTHON] [--ansible PLAYBOOK] [--keep] [--boot] [--apart]
 
 VLLM_PYTHON is the interpreter of an environment that holds vLLM; nothing is installed, no network, Docker or systemd is
 needed. Weights are dummies (--load-format dummy) behind the real models' config.json; files of the real size take no
@@ -11,7 +11,8 @@ disk. Services: a 7B as two replicas of TP 1, a 32B on TP 2, a mixture of expert
 more (which they share where there are two). With one GPU the 7B (TP 1), a second one, the mixture and the embedding model run.
 
 Runs site.yml twice (the second must change nothing), changes one service, sees that only that one restarted, and tears
-down. With --boot it also starts all of them at once, as after a boot, and compares the KV caches that they get. Prints a
+down. With --boot it also starts all of them at once, as after a boot, and compares the KV caches that they get. With
+--apart there is a 7B on each GPU instead, which start together: the first run has to be shorter than all starts in a row. Prints a
 line for each service, writes all of it to OUT.json, and exits with 1 if something did not hold.
 """
 
@@ -191,6 +192,7 @@ def main() -> None:
     parser.add_argument("--wheels", type=Path, help="folder with supervisor's wheel, for a machine without a network")
     parser.add_argument("--keep", action="store_true", help="leave the services running")
     parser.add_argument("--boot", action="store_true", help="at the end, start all services at once")
+    parser.add_argument("--apart", action="store_true", help="a service with a GPU of its own on each instead")
     options = parser.parse_args()
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     smi = subprocess.run(query, capture_output=True, text=True, check=False)
@@ -203,6 +205,9 @@ def main() -> None:
         work = Path(folder)
         play = Play(work, options)
         entries = services(gpus, min(memories), work / "models")
+        if options.apart:
+            one = {**entries[0], "data_parallel_size": 1}
+            entries = [{**one, "name": f"chat{gpu}", "gpus": [gpu]} for gpu in range(gpus)]
         for entry in entries:
             path = Path(entry["model"])
             if not path.exists():
@@ -210,6 +215,13 @@ def main() -> None:
         play.settings(entries)
         try:
             _, _, first = play.run()
+            starts = [row["seconds"] for row in play.measured().values()]
+            if options.apart:
+                print(
+                    f"serve: the first run took {first:.0f} s, its starts {' + '.join(f'{took:.0f}' for took in starts)} s"
+                )
+                if gpus > 1 and first >= sum(starts):
+                    failures.append("services with GPUs of their own did not start together")
             _, changed, second = play.run()
             if changed != 0:
                 failures.append(f"the second run changed {changed}")
