@@ -227,6 +227,7 @@ def test_the_controller_is_not_changed_where_only_a_reboot_ends_the_change(tmp_p
     said = {
         "__nvidia_driver_here": False,
         "__nvidia_driver_busy": True,
+        "__nvidia_driver_stopped": [],
         "__nvidia_driver_released": {"loaded": ["nvidia"], "problems": []},
         "nvidia_driver_reboot": True,
     }
