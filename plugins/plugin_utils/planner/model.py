@@ -50,6 +50,8 @@ ENCODERS = frozenset({
 })  # fmt: skip
 # Their position table has two rows more than positions (padding comes first).
 OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert"})
+# Names of classes that generate, before those that pool: ChatModel is a Model, too (_SUFFIX_TO_DEFAULTS of config/model.py).
+GENERATE_SUFFIXES = ("ChatModel", "LMHeadModel")
 POOL_SUFFIXES = ("Model", "ForSequenceClassification", "ForRewardModel", "ForTokenClassification", "EmbeddingModel")
 SLIDING = frozenset({"sliding_attention", "sliding", "local_attention", "local", "swa"})
 CHUNKED = frozenset({"chunked_attention", "chunked"})
@@ -468,6 +470,8 @@ def _kv_heads(read: _Reader, model_type: str, heads: int) -> int:
 
 
 def _pools(architecture: str) -> bool:
+    if architecture.endswith(GENERATE_SUFFIXES) or architecture in load("configs")["generators"]:
+        return False
     return architecture.endswith(POOL_SUFFIXES) and "ForCausalLM" not in architecture
 
 

@@ -110,6 +110,21 @@ def test_models_of_the_seeds(
     assert shape.max_position == longest
 
 
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [
+        ("InternVLChatModel", "generate"), ("GPT2LMHeadModel", "generate"), ("QWenLMHeadModel", "generate"),
+        ("ChatGLMModel", "generate"), ("Qwen2_5OmniModel", "generate"), ("UltravoxModel", "generate"),
+        ("Qwen2Model", "pool"), ("JinaEmbeddingsV5Model", "pool"), ("Qwen2ForRewardModel", "pool"),
+    ],
+)  # fmt: skip
+def test_a_model_in_the_name_of_a_class_does_not_always_pool(architecture: str, kind: str) -> None:
+    shape = parse_config({**qwen3(8, 1024, 16, 4096), "architectures": [architecture]})
+    assert shape.kind == kind
+    heads = [name for name, *_ in matrices(shape, 1, 1, range(8), True, True) if name == "lm_head"]
+    assert bool(heads) == (kind == "generate")
+
+
 def test_step_flash_in_fp8_blocks_splits_over_two_gpus_at_most() -> None:
     source = {**STEP, "quantization_config": FP8_BLOCKS}
     assert tp_sizes(source, 8) == [1, 2]
