@@ -31,7 +31,10 @@ def place_on_cpu(task: Task, layout: Layout, port: int) -> list[dict[str, Any]]:
     """
     service = task.service
     engine = service.engine or engines.get(load("engines")["default_version"]["cpu"])
-    if problem := engines.architecture_problem(engine, service.shape.architecture):
+    method = service.quantization or service.shape.quantization
+    if problem := engines.architecture_problem(engine, service.shape.architecture) or engines.method_problem(
+        engine.version, method
+    ):
         task.problems.append(problem)
         return []
     tp, pp = service.tp or 1, service.pp or 1

@@ -192,12 +192,15 @@ def is_risky(
 def architecture_problem(engine: Engine, architecture: str) -> str | None:
     """Why the release cannot load a model class, or None (also for a class that no release lists: a plugin's)."""
     row = load("architectures")["architectures"].get(architecture)
-    if row is None:
-        return None
-    if not at_least(engine.version, row["first"]):
-        return f"vLLM {engine.version} does not know {architecture}: it came with {row['first']}"
-    if "last" in row and version_key(engine.version) > version_key(row["last"]):
-        return f"vLLM {engine.version} has dropped {architecture}: {row['last']} is the last with it"
+    return None if row is None else _missing(engine.version, row, architecture)
+
+
+def _missing(version: str, row: dict[str, Any], what: str) -> str | None:
+    """Why a release lacks what the row gives the first and the last release of, or None."""
+    if not at_least(version, row["first"]):
+        return f"vLLM {version} does not know {what}: it came with {row['first']}"
+    if "last" in row and version_key(version) > version_key(row["last"]):
+        return f"vLLM {version} has dropped {what}: {row['last']} is the last with it"
     return None
 
 
@@ -206,13 +209,25 @@ def by_release(rows: dict[str, Any], version: str) -> Any:
     return [row for first, row in rows.items() if at_least(version, first)][-1]
 
 
+def method_problem(version: str, method: str | None) -> str | None:
+    """Why a release cannot load weights of this quantization method, or None (also for one that no release lists)."""
+    row = load("engines")["quantization_releases"].get(method or "")
+    return None if row is None else _missing(version, row, f"quantization method {method}")
+
+
+def is_deprecated(version: str, method: str | None) -> bool:
+    """The release takes weights of this quantization method only with --allow-deprecated-quantization."""
+    row = load("engines")["quantization_releases"].get(method or "", {}).get("deprecated")
+    return row is not None and _missing(version, row, "") is None
+
+
 def quantization_problem(version: str, method: str | None, capability: Capability) -> str | None:
     """Why a release cannot run weights of this quantization method on a GPU, or None."""
     floor, where = load("engines")["quantization"].get(method or ""), ""
     if isinstance(floor, dict):
         floor, where = by_release(floor, version), f" in vLLM {version}"
     if floor is None or capability >= parse_capability(floor):
-        return None
+        return method_problem(version, method)
     return f"{method} weights need compute capability {floor}{where}, the GPU has {show(capability)}"
 
 

@@ -248,17 +248,20 @@ def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engi
         if service.engine and (other := _choose_engine(replace(service, engine=None), gpu, driver)[0]):
             refused.append(f"engine_version {other.version} can")
         return None, "", refused if service.engine else refused[:1], []
-    if problem := _weights_problem(service, able[0][0], gpu):
-        running = [each for each in able if not _weights_problem(service, each[0], gpu)]
-        # Releases that do not refuse what is wrong are no way out.
-        if not running or service.dtype == "float16":
-            refused = [problem]
-            if service.engine and (other := _choose_engine(replace(service, engine=None), gpu, driver)[0]):
-                refused.append(f"engine_version {other.version} can")
-            return None, "", refused, []
+    problem = _weights_problem(service, able[0][0], gpu)
+    running = [each for each in able if not _weights_problem(service, each[0], gpu)]
+    # Releases that do not refuse what is wrong are no way out.
+    if problem and (not running or service.dtype == "float16"):
+        refused = [problem]
+        if service.engine and (other := _choose_engine(replace(service, engine=None), gpu, driver)[0]):
+            refused.append(f"engine_version {other.version} can")
+        elif engines.method_problem(able[0][0].version, service.quantization or service.shape.quantization):
+            refused.append("take other weights, or a GPU that such a release runs on")
+        return None, "", refused, []
+    if problem:
         engine, suffix, remarks = running[0]
         running[0] = engine, suffix, [*remarks, f"not vLLM {able[0][0].version}: {problem}"]
-        able = running
+    able = running
     dividing = [each for each in able if not _undividable(service, each[0], gpu)] or able
     engine, suffix, remarks = next(
         (

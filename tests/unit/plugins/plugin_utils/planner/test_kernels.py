@@ -193,3 +193,49 @@ def test_mxfp4_runs_with_bfloat16_only() -> None:
     row = one("1x L40S", GPT_OSS, dtype="half")
     assert row["problems"] == ["mxfp4 weights run with dtype bfloat16 only, not float16: leave dtype out"]
     assert one("1x L40S", GPT_OSS, dtype="bfloat16")["fits"]
+
+
+def method(name: str, **fields: Any) -> dict[str, Any]:
+    return {**DENSE, "quantization_config": {"quant_method": name, **fields}}
+
+
+@pytest.mark.parametrize(
+    ("name", "service", "told"),
+    [
+        ("aqlm", {"engine_version": "0.25.1"}, "dropped quantization method aqlm: 0.10.0 is the last with it; engine_version 0.10.0 can"),
+        ("bitsandbytes", {"engine_version": "0.32.0"}, "method bitsandbytes: 0.27.1 is the last with it; engine_version 0.25.1 can"),
+        ("compressed-tensors", {"engine_version": "0.4.2"}, "method compressed-tensors: it came with 0.5.0; engine_version 0.25.1 can"),
+        ("bitsandbytes", {"engine_version": "0.32.0", "device": "cpu"}, "vLLM 0.32.0 has dropped quantization method bitsandbytes"),
+    ],
+)  # fmt: skip
+def test_a_release_without_the_quantization_method_is_refused(name: str, service: dict[str, Any], told: str) -> None:
+    row = one("1x H100", method(name), **service)
+    assert not row["fits"] and told in "; ".join(row["problems"])
+
+
+def test_a_method_that_no_release_for_the_gpu_has_says_what_would_help() -> None:
+    told = one("1x V100-32GB", method("auto-round", bits=4))["problems"]
+    assert "came with 0.9.0" in told[0] and told[1] == "take other weights, or a GPU that such a release runs on"
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "bitsandbytes"])
+@pytest.mark.parametrize("gpu", ["1x H100", "1x RTX-4090"])
+def test_a_release_is_not_chosen_for_a_driver_without_the_quantization_method(name: str, gpu: str) -> None:
+    config = method(name, load_in_4bit=True)
+    hosts = [{**host, "driver_version": "535.183.01"} for host in hosts_from_text(gpu)]
+    row = make_plan([{"name": "s", "model": "m", "config": config, "max_model_len": 4096}], hosts)["services"][0]
+    assert row["fits"] and row["engine_version"] == "0.25.1"
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "allowed"),
+    [
+        ("fbgemm_fp8", "0.25.1", True),
+        ("fbgemm_fp8", "0.13.0", False),
+        ("fp8", "0.25.1", False),
+        ("hqq", "0.14.1", True),
+    ],
+)
+def test_a_deprecated_quantization_method_is_allowed(name: str, version: str, allowed: bool) -> None:
+    row = one("1x H100", method(name), engine_version=version)
+    assert row["fits"] and ("--allow-deprecated-quantization" in row["args"]) == allowed
