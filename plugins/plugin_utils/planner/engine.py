@@ -183,10 +183,29 @@ def is_risky(
     engine: Engine, suffix: str, capability: Capability, gpu_name: str, driver: str | None, container: bool
 ) -> bool:
     """The driver is older than the build's CUDA, and may refuse to compile parts of it or not let its image start."""
+    old = _is_older(engine, suffix, driver)
+    return old and (_jit_compiled(capability) or start_problem(engine, suffix, gpu_name, driver, container) is not None)
+
+
+def _is_older(engine: Engine, suffix: str, driver: str | None) -> bool:
+    own: str = load("engines")["cuda"]["12.9" if suffix else engine.cuda]["own_driver"]
+    return driver is not None and not at_least(driver, own)
+
+
+def start_problem(engine: Engine, suffix: str, gpu_name: str, driver: str | None, container: bool) -> str | None:
+    """Why the image does not start with an old driver, or None."""
     table = load("engines")
-    unlisted = container and any(brand in gpu_name.lower() for brand in table["old_drivers_refused"])
-    old = driver is not None and not at_least(driver, table["cuda"]["12.9" if suffix else engine.cuda]["own_driver"])
-    return old and (unlisted or _jit_compiled(capability))
+    brand = next((brand for brand in table["old_drivers_refused"] if brand in gpu_name.lower()), None)
+    if not container or brand is None or not _is_older(engine, suffix, driver):
+        return None
+    own = table["cuda"]["12.9" if suffix else engine.cuda]["own_driver"]
+    return f"the image of vLLM {engine.version}{suffix} does not start on {gpu_name} with driver {driver}: install {own} or newer"
+
+
+def rope_problem(engine: Engine, kind: str) -> str | None:
+    """Why a release cannot read a kind of rope_scaling, or None."""
+    first = load("engines")["rope_types"].get(kind)
+    return None if first is None else _missing(engine.version, {"first": first}, f"rope_scaling of type {kind}")
 
 
 def architecture_problem(engine: Engine, architecture: str) -> str | None:

@@ -31,6 +31,7 @@ from .model import pp_problems, tp_problems
 from .service import Service
 from .tables import load
 
+Able = tuple[Engine, str, list[str]]  # a release, the suffix of its image's tag, remarks
 MIB = 1024  # MiB in a GiB
 MAX_TP = 16
 # A context that nobody asked for is planned up to this; what is free beyond it is still used.
@@ -231,10 +232,13 @@ def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engi
     driver = None if service.image else driver
     wanted = load("engines")["default_version"]["cuda"]
     names = [service.engine.version] if service.engine else [wanted, *reversed(engines.versions())]
-    able, refused = [], []
+    able: list[Able] = []
+    refused: list[str] = []
     for engine in map(engines.get, names):
         suffix, problems, remarks = engines.build_for(engine, gpu.capability, driver, container)
         if problem := engines.architecture_problem(engine, service.shape.architecture):
+            problems.append(problem)
+        if problem := engines.rope_problem(engine, service.shape.rope_type):
             problems.append(problem)
         if problem := states_problem(service.shape, engine.version, engine.core(gpu.capability) == "V0"):
             problems.append(problem)
@@ -263,19 +267,25 @@ def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engi
         running[0] = engine, suffix, [*remarks, f"not vLLM {able[0][0].version}: {problem}"]
     able = running
     dividing = [each for each in able if not _undividable(service, each[0], gpu)] or able
-    engine, suffix, remarks = next(
-        (
-            (engine, suffix, remarks)
-            for engine, suffix, remarks in dividing
-            if not engines.is_risky(engine, suffix, gpu.capability, gpu.name, driver, container)
-        ),
-        dividing[0],
-    )
+    engine, suffix, remarks = _for_driver(dividing, gpu, driver, container)
     if dividing[0] is not able[0]:
         remarks = [*remarks, f"not vLLM {able[0][0].version}: {_undividable(service, able[0][0], gpu)}"]
     if engine is not dividing[0][0]:
         remarks = [f"vLLM {engine.version}: the newest that driver {driver} supports in full; a newer one allows more"]
+    if problem := engines.start_problem(engine, suffix, gpu.name, driver, container):
+        remarks = [*remarks, problem]
     return engine, suffix, [], remarks
+
+
+def _for_driver(able: Sequence[Able], gpu: Gpu, driver: str | None, container: bool) -> Able:
+    """Of releases in the order in which they are wanted, the first that the driver runs for certain.
+
+    One older than the floor of the catalog is taken only where the first one does not even start.
+    """
+    sure = [each for each in able if not engines.is_risky(*each[:2], gpu.capability, gpu.name, driver, container)]
+    first, floor = able[0], load("engines")["chosen_for_driver_from"]
+    starts = engines.start_problem(*first[:2], gpu.name, driver, container) is None
+    return next((each for each in sure if not starts or engines.at_least(each[0].version, floor)), first)
 
 
 def _weights_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:

@@ -171,6 +171,7 @@ class ModelShape:
         unbounded: the config has no largest context: max_position is what vLLM takes unless it is told another one.
         compressed: layers keep their KV cache in parts (``compress_ratios``).
         outer_type: model_type of the whole, where model_type is that of its language model.
+        rope_type: kind of rope_scaling, such as ``llama3``; empty where the config has none.
     """
 
     architecture: str
@@ -203,6 +204,7 @@ class ModelShape:
     unbounded: bool = False
     compressed: bool = False
     outer_type: str = ""
+    rope_type: str = ""
     cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -447,6 +449,7 @@ def parse_config(
         unbounded=stateful is not None and not _limits(read),
         compressed=bool(text.get("compress_ratios")),
         outer_type=str(config.get("model_type") or model_type),
+        rope_type=str(_rope(text).find("rope_type", "type")[1] or ""),
     )
     parameters = sum(rows * cols for _, rows, cols, _ in matrices(shape, 1, 1, range(num_layers), True, True))
     return replace(shape, parameters=parameters + vision, cache={})

@@ -18,6 +18,15 @@ SMALL = "Qwen/Qwen2.5-1.5B"
 MIDDLE = "Qwen/Qwen2.5-7B-Instruct"
 LARGE = "Qwen/Qwen3-32B"
 CONFIGS = json.loads((Path(__file__).parents[4] / "benchmarks" / "truth" / "configs.json").read_text())
+LLAMA_31: dict[str, Any] = {
+    "model": "llama",
+    "config": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+        "max_position_embeddings": 131072, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192},
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 128256,
+    },
+}  # fmt: skip
 LLAMA = load("models")["models"]["mistralai/Mistral-7B-v0.1"]["config"]
 
 
@@ -529,6 +538,19 @@ def test_an_image_that_would_not_start_with_an_old_driver_is_not_taken() -> None
     hosts[0]["driver_version"] = "550.144.03"
     assert one(hosts, max_model_len=4096)["engine_version"] == "0.8.5.post1"
     assert one(hosts, max_model_len=4096, runtime="venv")["engine_version"] == "0.19.1"
+    hosts[0]["driver_version"] = "535.183.01"
+    assert one(hosts, max_model_len=4096)["engine_version"] == "0.4.2"  # the only one whose image starts
+    assert one(hosts, max_model_len=4096, runtime="venv")["engine_version"] == "0.19.1"
+    llama = one(hosts, max_model_len=4096, **LLAMA_31)
+    assert llama["engine_version"] == "0.25.1"
+    assert any("does not start on NVIDIA GeForce RTX 4090 with driver 535" in line for line in llama["why"])
+
+
+def test_a_release_must_read_the_kind_of_rope_scaling() -> None:
+    (problem, way) = one("1x H100", **LLAMA_31, engine_version="0.5.3")["problems"]
+    assert problem == "vLLM 0.5.3 does not know rope_scaling of type llama3: it came with 0.5.3.post1"
+    assert way == "engine_version 0.25.1 can"
+    assert one("1x H100", **LLAMA_31, engine_version="0.5.3.post1")["fits"]
 
 
 def test_a_driver_that_would_have_to_compile_for_the_gpu_decides_which_release() -> None:
@@ -545,7 +567,7 @@ def test_a_driver_that_would_have_to_compile_for_the_gpu_decides_which_release()
 @pytest.mark.parametrize(
     "driver, asked, version, why",
     [
-        ("535.183.01", {}, "0.4.2", "535.183.01 supports in full"),
+        ("535.183.01", {}, "0.25.1", "parts that the driver compiles at run time may be refused"),
         (
             "535.183.01",
             {"pipeline_parallel_size": 2},
