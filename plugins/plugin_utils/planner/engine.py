@@ -240,14 +240,15 @@ def is_deprecated(version: str, method: str | None) -> bool:
     return row is not None and _missing(version, row, "") is None
 
 
-def quantization_problem(version: str, method: str | None, capability: Capability) -> str | None:
-    """Why a release cannot run weights of this quantization method on a GPU, or None."""
-    floor, where = load("engines")["quantization"].get(method or ""), ""
+def quantization_problem(version: str, method: str | None, capability: Capability, kernels: str = "") -> str | None:
+    """Why a release cannot run weights of this quantization method on a GPU, or None. ``kernels``: see model.Quantization."""
+    kernels = kernels or method or ""
+    floor, where = load("engines")["quantization"].get(kernels), ""
     if isinstance(floor, dict):
         floor, where = by_release(floor, version), f" in vLLM {version}"
     if floor is None or capability >= parse_capability(floor):
         return method_problem(version, method)
-    return f"{method} weights need compute capability {floor}{where}, the GPU has {show(capability)}"
+    return f"{kernels} weights need compute capability {floor}{where}, the GPU has {show(capability)}"
 
 
 def float16_is_wrong(model_type: str) -> bool:

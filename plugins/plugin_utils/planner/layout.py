@@ -309,7 +309,8 @@ def _weights_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:
         (layer.attention.head_dim for layer in shape.layers if layer.attention and layer.attention.kind in kinds),
         default=0,
     )
-    return engines.quantization_problem(engine.version, method, gpu.capability) or engines.dtype_problem(
+    kernels = quant.kernels if quant and quant.method == method else ""
+    return engines.quantization_problem(engine.version, method, gpu.capability, kernels) or engines.dtype_problem(
         engine, gpu.capability, shape.model_type, dtype_for(service, gpu), method, head
     )
 

@@ -148,6 +148,14 @@ class Quantization:
     halves: bool = False
     whole: bool = False
 
+    @property
+    def kernels(self) -> str:
+        """Name in ``quantization`` of engines.yml: compressed-tensors has others for each kind of weights."""
+        if self.method != "compressed-tensors":
+            return self.method
+        kind = "packed" if self.activation_bits == 16 else ""
+        return f"{self.method} {kind if self.integer else 'float'}".strip()
+
 
 @dataclass(frozen=True)
 class ModelShape:

@@ -239,3 +239,31 @@ def test_a_release_is_not_chosen_for_a_driver_without_the_quantization_method(na
 def test_a_deprecated_quantization_method_is_allowed(name: str, version: str, allowed: bool) -> None:
     row = one("1x H100", method(name), engine_version=version)
     assert row["fits"] and ("--allow-deprecated-quantization" in row["args"]) == allowed
+
+
+FP8_PARTS = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
+INT4_PARTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+
+
+@pytest.mark.parametrize(
+    ("raw", "before", "first"),
+    [
+        ({"quant_method": "fp8"}, "0.13.0", "0.14.0"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": INT4_PARTS}}}, "0.11.2", "0.12.0"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"g": {"weights": FP8_PARTS, "input_activations": FP8_PARTS}},
+            },
+            "0.14.1",
+            "0.16.0",
+        ),
+    ],
+)
+def test_turing_runs_quantized_weights_from_a_release_on(raw: dict[str, Any], before: str, first: str) -> None:
+    config = {**DENSE, "quantization_config": raw}
+    (problem, way) = one("1x T4", config, max_model_len=4096, engine_version=before)["problems"]
+    assert f"weights need compute capability 8.0 in vLLM {before}, the GPU has 7.5" in problem
+    assert way == "engine_version 0.25.1 can"
+    assert one("1x T4", config, max_model_len=4096, engine_version=first)["fits"]
+    assert one("1x A10", config, max_model_len=4096, engine_version=before)["fits"]
