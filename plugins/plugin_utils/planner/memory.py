@@ -281,7 +281,7 @@ def _weights(
             memory.take(a.heads // tp * a.nope_dim * a.latent * element, stored=False)
             memory.take(a.heads // tp * a.v_dim * a.latent * element, stored=False)
     if first and shape.vision_parameters:
-        memory.take(shape.vision_parameters * element // tp)
+        memory.take(shape.vision_parameters * element // (1 if shape.keeps_vision_whole(tp) else tp))
     return memory
 
 

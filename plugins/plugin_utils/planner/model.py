@@ -179,6 +179,7 @@ class ModelShape:
         unbounded: the config has no largest context: max_position is what vLLM takes unless it is told another one.
         compressed: layers keep their KV cache in parts (``compress_ratios``).
         outer_type: model_type of the whole, where model_type is that of its language model.
+        vision_cut: numbers of the vision tower that TP has to divide where it cuts it, by their names.
         rope_type: kind of rope_scaling, such as ``llama3``; empty where the config has none.
     """
 
@@ -209,11 +210,16 @@ class ModelShape:
     position_rows: int = 0
     rotary_elements: int = 0
     vision_parameters: int = 0
+    vision_cut: tuple[tuple[str, int], ...] = ()
     unbounded: bool = False
     compressed: bool = False
     outer_type: str = ""
     rope_type: str = ""
     cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def keeps_vision_whole(self, tp: int) -> bool:
+        """TP cannot cut the vision tower, so that every GPU holds all of it (--mm-encoder-tp-mode data)."""
+        return any(number % tp for _, number in self.vision_cut)
 
     @property
     def has_kv_cache(self) -> bool:
@@ -454,6 +460,7 @@ def parse_config(
         position_rows=position_rows,
         rotary_elements=rotary,
         vision_parameters=vision,
+        vision_cut=_vision_cut(config) if multimodal else (),
         unbounded=stateful is not None and not _limits(read),
         compressed=bool(text.get("compress_ratios")),
         outer_type=str(config.get("model_type") or model_type),
@@ -874,6 +881,14 @@ def _vision_parameters(config: Config) -> int:
     return depth * (4 * width * width + 2 * width * inner)
 
 
+def _vision_cut(config: Config) -> tuple[tuple[str, int], ...]:
+    row, part = load("configs")["vision_cut"].get(config.get("model_type")), config.get("vision_config")
+    if row is None or not isinstance(part, Mapping):
+        return ()
+    read = _Reader(part, "config.vision_config")
+    return tuple((name, read.count(name)) for name in row["numbers"] if part.get(name) is not None)
+
+
 def _names_attention(items: object) -> bool:
     return isinstance(items, Sequence) and any("attn" in str(item) or "attention" in str(item) for item in items)
 
@@ -1075,7 +1090,7 @@ def tp_problems(
     The other rules are the same in every engine version of the catalog; blocks and groups of weights that are quantized
     while they are loaded (``quantization``) follow from the shape. With ``expert_parallel`` whole experts are dealt
     over ``tp * data_parallel_size`` GPUs instead of being sliced. An ``engine_version`` of None stands for a new one,
-    which cuts experts inside a quantization group.
+    which cuts experts inside a quantization group and keeps a vision tower whole.
 
     Raises:
         PlanError: ``tp`` is not a whole number above 0.
@@ -1083,10 +1098,14 @@ def tp_problems(
     _positive("tensor_parallel_size", tp)
     if tp == 1 and not expert_parallel:
         return []
-    halves = _halves(engine_version)
-    key = ("tp", tp, expert_parallel, data_parallel_size, halves)
+    halves, whole_from = _halves(engine_version), _vision_whole_from(shape, engine_version)
+    key = ("tp", tp, expert_parallel, data_parallel_size, halves, whole_from)
     if key not in shape.cache:
         why = dict.fromkeys(_split_problems(shape, tp, expert_parallel, data_parallel_size, halves))
+        if whole_from:
+            for name, number in shape.vision_cut:
+                if number % tp:
+                    why[f"{name} {number} of the vision tower, which releases from {whole_from} on keep whole"] = None
         shape.cache[key] = [f"TP {tp} is not possible: {reason}" for reason in why]
     return list(shape.cache[key])
 
@@ -1097,6 +1116,16 @@ def _halves(version: str | None) -> bool:
     from .engine import at_least  # not at the top: see pp_problems
 
     return at_least(version, load("configs")["halved_groups"]["first"])
+
+
+def _vision_whole_from(shape: ModelShape, version: str | None) -> str:
+    """The first release that can keep the vision tower whole, where this one is older."""
+    if version is None or not shape.vision_cut:
+        return ""
+    from .engine import at_least  # not at the top: see pp_problems
+
+    first: str = load("configs")["vision_cut"][shape.outer_type]["whole_from"]
+    return "" if at_least(version, first) else first
 
 
 def expert_group(quant: Quantization, hidden: int, part: int) -> int:

@@ -190,6 +190,8 @@ def command_line(service: Service, version: str, settings: Mapping[str, Any], ex
     args += option("--quantization", service.quantization)
     if engines.is_deprecated(version, service.quantization or service.shape.quantization):
         args += option("--allow-deprecated-quantization")
+    if service.shape.keeps_vision_whole(tp):
+        args += option("--mm-encoder-tp-mode", "data")
     args += option("--kv-cache-dtype", service.kv_cache_dtype if service.kv_cache_dtype != "auto" else None)
     args += option("--trust-remote-code", service.trust_remote_code)
     args += task_flags(service, version)

@@ -48,6 +48,28 @@ def sizes(row: dict[str, Any]) -> tuple[int, int, int]:
     return row["tensor_parallel_size"], row["pipeline_parallel_size"], row["data_parallel_size"]
 
 
+GLM_45V: dict[str, Any] = {
+    "architectures": ["Glm4vMoeForConditionalGeneration"],
+    "model_type": "glm4v_moe",
+    "text_config": {
+        "model_type": "glm4v_moe_text", "hidden_size": 4096, "intermediate_size": 10944, "moe_intermediate_size": 1408,
+        "n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 1,
+        "num_hidden_layers": 46, "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 65536, "vocab_size": 151552, "torch_dtype": "bfloat16",
+    },
+    "vision_config": {
+        "model_type": "glm4v_moe", "depth": 24, "hidden_size": 1536, "num_heads": 12, "intermediate_size": 10944,
+        "out_hidden_size": 4096,
+    },
+}  # fmt: skip
+QWEN_25_VL: dict[str, Any] = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "hidden_size": 2048,
+    "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
+    "max_position_embeddings": 128000, "vocab_size": 151936, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "vision_config": {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "out_hidden_size": 2048},
+}  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------ objectives
 
 
@@ -78,6 +100,32 @@ def test_replicas_have_two_api_servers_each_where_the_host_has_cores() -> None:
 def test_width_stops_at_what_the_model_allows() -> None:
     row = one("8x H200", objective="latency")  # 28 heads, 4 of them KV: TP 8 is not possible
     assert sizes(row) == (4, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("there", "config", "asked", "told"),
+    [
+        ("8x A100-40GB", GLM_45V, {}, "num_heads 12"),
+        ("8x H100", QWEN_25_VL, {"objective": "latency"}, "intermediate_size 3420"),
+    ],
+)
+def test_a_vision_tower_that_tp_cannot_cut_is_kept_whole(
+    there: str, config: dict[str, Any], asked: dict[str, Any], told: str
+) -> None:
+    row = one(there, model="vision", config=config, tensor_parallel_size=8, **asked)
+    assert row["fits"], row["problems"]
+    assert value(row, "--mm-encoder-tp-mode") == "data"
+    cut = one(there, model="vision", config={**config, "vision_config": {**config["vision_config"], "num_heads": 16,
+              "intermediate_size": 3424}}, tensor_parallel_size=8, **asked)  # fmt: skip
+    assert value(cut, "--mm-encoder-tp-mode") is None
+    assert row["memory"]["weights_gib"] > cut["memory"]["weights_gib"] + 0.4
+    four = one(there, model="vision", config=config, tensor_parallel_size=4, max_model_len=2048, **asked)
+    assert value(four, "--mm-encoder-tp-mode") is None
+    old = one(there, model="vision", config=config, tensor_parallel_size=8, engine_version="0.10.1.1", **asked)
+    assert (
+        f"TP 8 is not possible: {told} of the vision tower, which releases from 0.10.2 on keep whole"
+        in old["problems"][0]
+    )
 
 
 def test_no_more_gpus_than_needed_when_others_want_them_too() -> None:
