@@ -65,9 +65,9 @@ PATTERN = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}  # letters of
 class Attention:
     """Attention of one layer. ``kind``: full, sliding, chunked, mla, state (Mamba, linear attention) or encoder.
 
-    ``window``: tokens a sliding or chunked layer looks back. MLA: ``latent`` (kv_lora_rank), ``rope_dim``,
-    ``nope_dim``, ``q_rank`` (0: q is one matrix), ``index_heads`` of ``index_dim`` that the indexer of sparse attention
-    chooses by (0: it has none, or reads an earlier layer's choice). State:
+    ``window``: tokens a sliding or chunked layer looks back. MLA, and full attention out of a latent: ``latent``
+    (kv_lora_rank), ``rope_dim``, ``nope_dim``, ``q_rank`` (0: q is one matrix), ``index_heads`` of ``index_dim`` that the
+    indexer of sparse attention chooses by (0: it has none, or reads an earlier layer's choice). State:
     ``state`` elements for one request over all heads (conv and recurrent), ``state_bytes``: bytes of a recurrent one
     (0: as the model's others), ``projection``: elements of its matrices. ``shared``: it reads the KV cache of an earlier
     layer and has none.
@@ -164,7 +164,7 @@ class ModelShape:
     Attributes:
         architecture: first of ``architectures``, such as ``Qwen2ForCausalLM``.
         kind: ``generate`` or ``pool`` (embedding, reranking, classification).
-        num_layers: decoder (or encoder) layers.
+        num_layers: decoder (or encoder) layers; two for each one of the config that has all parts twice.
         heads, kv_heads, head_dim: attention of the widest layer kind.
         hidden_size, intermediate_size, vocab_size: 0 where the model has none.
         experts, experts_per_token: 0 for dense models.
@@ -243,7 +243,10 @@ def kv_page(attention: Attention, tp: int, element_bytes: float) -> int:
     """Bytes of one token in one layer's KV cache on one GPU."""
     if attention.kind == "mla":  # one latent vector for all heads: every GPU holds all of it
         return int((attention.latent + attention.rope_dim) * element_bytes) + attention.index_bytes
-    return int(max(1, attention.kv_heads // tp) * (attention.head_dim + attention.v_dim) * element_bytes)
+    v_dim = (
+        attention.head_dim if attention.latent else attention.v_dim
+    )  # out of a latent they are padded to the keys' size
+    return int(max(1, attention.kv_heads // tp) * (attention.head_dim + v_dim) * element_bytes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,6 +386,7 @@ def parse_config(
         "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "inner_dim", default=4 * hidden, high=1 << 24
     )
     layers = _layers(read, model_type, num_layers, heads, kv_heads, head_dim, hidden, intermediate, not ungated, notes)
+    num_layers = len(layers)
     encoder = model_type in ENCODERS
     kind = "pool" if encoder or _pools(architecture) else "generate"
     tied = read.flag("tie_word_embeddings", default=model_type in TIED)
@@ -564,7 +568,7 @@ def _kinds(read: _Reader, model_type: str, num_layers: int, notes: list[str]) ->
         return ["both"] * num_layers
     if model_type in ENCODERS:
         return ["encoder"] * num_layers
-    attention = "mla" if text.get("kv_lora_rank") else "full"
+    attention = "mla" if text.get("kv_lora_rank") and model_type not in load("configs")["latent_spread"] else "full"
     states = _linear(read).items("kda_layers")  # counted from 1
     if states:
         return ["state" if index + 1 in states else attention for index in range(num_layers)]
@@ -655,11 +659,11 @@ def _layers(
     def attention(kind: str) -> Attention | None:
         if kind in attentions:
             return attentions[kind]
-        if kind == "mla":
+        if kind == "mla" or model_type in load("configs")["latent_spread"]:
             nope = read.count("qk_nope_head_dim", default=128)
             rope_dim = read.count("qk_rope_head_dim", default=64)
             made = Attention(
-                "mla",
+                kind,
                 heads,
                 heads,
                 nope + rope_dim,
@@ -746,6 +750,9 @@ def _layers(
             )
             made = replace(made, attention=chooser)
         layers.append(cache.setdefault((kind, mlp, shares, indexed), made))
+    if sparse and model_type in load("configs")["layers_of_two"]:  # the second MLP is counted as a shared expert
+        second = replace(sparse, shared_size=dense.intermediate)
+        layers = [replace(layer, mlp=mlp) for layer in layers for mlp in (dense, second)]
     return tuple(layers)
 
 
@@ -1025,7 +1032,7 @@ def _attention_matrices(a: Attention, hidden: int, tp: int) -> Iterator[tuple[st
         yield "in_proj", a.projection // hidden // tp, hidden, "attention"
         return
     heads = a.heads // tp
-    if a.kind == "mla":
+    if a.latent:
         if a.q_rank:
             yield "qkv_a", a.q_rank + a.latent + a.rope_dim, hidden, "attention"
             yield "q_b", heads * a.head_dim, a.q_rank, "attention"

@@ -159,6 +159,29 @@ def test_a_latent_cache_is_not_split() -> None:
     assert shape.kv_bytes_per_token(8) == shape.kv_bytes_per_token(1) == 61 * (512 + 64) * 2
 
 
+def test_a_latent_that_is_spread_over_all_heads_is_split() -> None:
+    minicpm3 = config(
+        "minicpm3", "MiniCPM3ForCausalLM", hidden_size=2560, intermediate_size=6400, num_hidden_layers=62,
+        num_attention_heads=40, num_key_value_heads=40, kv_lora_rank=256, q_lora_rank=768, qk_nope_head_dim=64,
+        qk_rope_head_dim=32, v_head_dim=64, vocab_size=73448, max_position_embeddings=32768, tie_word_embeddings=True,
+    )  # fmt: skip
+    shape = parse_config(minicpm3)
+    assert shape.parameters / 1e9 == pytest.approx(4.07, rel=0.01)
+    assert (shape.kv_bytes_per_token(), shape.kv_bytes_per_token(8)) == (952_320, 119_040)
+
+
+def test_layers_that_have_all_parts_twice() -> None:
+    longcat = config(
+        "longcat_flash", "LongcatFlashForCausalLM", hidden_size=6144, ffn_hidden_size=12288, expert_ffn_hidden_size=2048,
+        num_layers=28, num_attention_heads=64, kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128,
+        qk_rope_head_dim=64, v_head_dim=128, n_routed_experts=512, zero_expert_num=256, moe_topk=12, vocab_size=131072,
+        max_position_embeddings=131072, tie_word_embeddings=False,
+    )  # fmt: skip
+    shape = parse_config(longcat)
+    assert shape.parameters / 1e9 == pytest.approx(560, rel=0.01)
+    assert shape.kv_bytes_per_token() == 2 * 28 * (512 + 64) * 2
+
+
 def test_quantization_groups_must_not_straddle_the_cut() -> None:
     awq = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
     odd = {**CONFIGS["llama-2-7b"], "intermediate_size": 11008, "quantization_config": awq}
