@@ -366,6 +366,9 @@ def parse_config(
         text = {**load("configs")["defaults"].get(model_type, {}), **text}
     if stateful:
         text = {**text, **{name: text[own] for name, own in stateful.items() if own in text}}
+    for name in load("configs")["parts"].get(model_type, ()):
+        if isinstance(text.get(name), Mapping):
+            text = {**text[name], **text}
     read = _Reader(text)
 
     hidden = read.count("hidden_size", "n_embd", "d_model", "dim", high=1 << 20)
@@ -484,7 +487,13 @@ def _kv_heads(read: _Reader, model_type: str, heads: int) -> int:
     if model_type == "chatglm" and read.flag("multi_query_attention"):
         return read.count("multi_query_group_num", default=heads)
     kv = read.count(
-        "num_key_value_heads", "num_kv_heads", "num_attention_groups", "n_head_kv", default=heads, high=4096
+        "num_key_value_heads",
+        "num_kv_heads",
+        "num_attention_groups",
+        "n_head_kv",
+        "kv_n_heads",
+        default=heads,
+        high=4096,
     )
     if heads % kv:
         raise PlanError("config.num_key_value_heads", kv, f"it must divide the {heads} attention heads")
@@ -721,7 +730,7 @@ def _layers(
     # Gemma 3n and 4: the last layers read the KV cache of earlier ones, and may have an MLP of twice the width for it.
     shared_from = num_layers - read.count("num_kv_shared_layers", default=0, low=0, high=num_layers - 1)
     beyond = replace(dense, intermediate=2 * dense.intermediate) if read.flag("use_double_wide_mlp") else dense
-    cache: dict[tuple[str, Mlp | None, bool, bool], Layer] = {}
+    cache: dict[Layer, Layer] = {}
     layers = []
     for index, kind in enumerate(kinds):
         shares = index >= shared_from
@@ -749,11 +758,31 @@ def _layers(
                 index_dim=read.count("index_head_dim", default=128),
             )
             made = replace(made, attention=chooser)
-        layers.append(cache.setdefault((kind, mlp, shares, indexed), made))
+        if isinstance(sizes.get(index), Mapping):
+            made = _block(_Reader(sizes[index], f"config.block_configs[{index}]"), made, heads, hidden)
+        layers.append(cache.setdefault(made, made))
     if sparse and model_type in load("configs")["layers_of_two"]:  # the second MLP is counted as a shared expert
         second = replace(sparse, shared_size=dense.intermediate)
         layers = [replace(layer, mlp=mlp) for layer in layers for mlp in (dense, second)]
     return tuple(layers)
+
+
+def _block(block: _Reader, layer: Layer, heads: int, hidden: int) -> Layer:
+    """A layer of Nemotron-NAS: KV heads and an MLP of its own, or none of the two (nemotron_nas.py)."""
+    attention, mlp = layer.attention, layer.mlp
+    own = block.find("attention")[1]
+    if isinstance(own, Mapping) and attention:
+        part = _Reader(own, f"{block.field}.attention")
+        group = 1 if part.flag("no_op") else part.count("n_heads_in_group", high=heads)
+        attention = None if part.flag("no_op") else replace(attention, kv_heads=heads // group)
+    own = block.find("ffn")[1]
+    if isinstance(own, Mapping) and mlp:
+        part = _Reader(own, f"{block.field}.ffn")
+        size = part.count("intermediate_size", default=mlp.intermediate, high=1 << 24)
+        if own.get("ffn_mult") is not None:
+            size = math.ceil(int(2 * part.number("ffn_mult", 1) * hidden / 3) / 256) * 256
+        mlp = None if part.flag("no_op") else replace(mlp, intermediate=size)
+    return replace(layer, attention=attention, mlp=mlp)
 
 
 def _has_indexer(read: _Reader, index: int) -> bool:

@@ -182,6 +182,40 @@ def test_layers_that_have_all_parts_twice() -> None:
     assert shape.kv_bytes_per_token() == 2 * 28 * (512 + 64) * 2
 
 
+def test_layers_of_nemotron_nas_have_sizes_of_their_own() -> None:
+    def block(group: int | None, mult: float | None) -> dict[str, Any]:
+        return {
+            "attention": {"n_heads_in_group": group, "no_op": group is None, "replace_with_linear": False},
+            "ffn": {"ffn_mult": mult, "no_op": mult is None, "replace_with_linear": False},
+        }
+
+    nas = config(
+        "nemotron-nas", "DeciLMForCausalLM", hidden_size=8192, intermediate_size=None, num_attention_heads=64,
+        num_hidden_layers=4, num_key_value_heads=None, vocab_size=128256, max_position_embeddings=131072,
+        block_configs=[block(8, 5.25), block(16, 1.0), block(None, 2.625), block(None, None)],
+    )  # fmt: skip
+    shape = parse_config(nas)
+    kv = [layer.attention.kv_heads if layer.attention else 0 for layer in shape.layers]
+    assert kv == [8, 4, 0, 0]
+    assert [layer.mlp.intermediate if layer.mlp else 0 for layer in shape.layers] == [28672, 5632, 14336, 0]
+    assert shape.kv_bytes_per_token() == (8 + 4) * 2 * 128 * 2
+    nas["block_configs"][0]["attention"]["n_heads_in_group"] = None
+    with pytest.raises(PlanError, match=r"config\.block_configs\[0\]\.attention\.n_heads_in_group"):
+        parse_config(nas)
+
+
+def test_fields_in_parts_of_a_config() -> None:
+    dbrx = config(
+        "dbrx", "DbrxForCausalLM", d_model=6144, n_heads=48, n_layers=40, max_seq_len=32768, vocab_size=100352,
+        attn_config={"kv_n_heads": 8, "model_type": "", "clip_qkv": 8, "rope_theta": 500000},
+        ffn_config={"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4, "model_type": ""},
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    shape = parse_config(dbrx)
+    assert shape.parameters / 1e9 == pytest.approx(132, rel=0.01)
+    assert (shape.experts, shape.experts_per_token, shape.kv_heads, shape.max_position) == (16, 4, 8, 32768)
+
+
 def test_quantization_groups_must_not_straddle_the_cut() -> None:
     awq = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
     odd = {**CONFIGS["llama-2-7b"], "intermediate_size": 11008, "quantization_config": awq}
