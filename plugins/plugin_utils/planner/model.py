@@ -69,8 +69,8 @@ class Attention:
     (kv_lora_rank), ``rope_dim``, ``nope_dim``, ``q_rank`` (0: q is one matrix), ``index_heads`` of ``index_dim`` that the
     indexer of sparse attention chooses by (0: it has none, or reads an earlier layer's choice). State:
     ``state`` elements for one request over all heads (conv and recurrent), ``state_bytes``: bytes of a recurrent one
-    (0: as the model's others), ``projection``: elements of its matrices. ``shared``: it reads the KV cache of an earlier
-    layer and has none.
+    (0: as the model's others), ``projection``: elements of its matrices, ``groups`` of its heads (0: none). ``shared``: it
+    reads the KV cache of an earlier layer and has none.
     """
 
     kind: str
@@ -90,6 +90,7 @@ class Attention:
     state_bytes: int = 0
     projection: int = 0
     state_heads: int = 0
+    groups: int = 0
     shared: bool = False
 
     @property
@@ -853,6 +854,7 @@ def _state_attention(read: _Reader, hidden: int) -> Attention:
     return Attention(
         "state", named, named, head_dim, head_dim,
         state=(conv_dim * (width - 1), named * head_dim * state), projection=projection, state_heads=named,
+        groups=groups,
     )  # fmt: skip
 
 
@@ -1186,6 +1188,8 @@ def _split_problems(shape: ModelShape, tp: int, expert_parallel: bool, dp: int, 
             if a.kind == "state":
                 if (a.state_heads or a.state[1]) % tp:
                     yield f"{a.state_heads or a.state[1]} heads of the layers with a state"
+                elif a.groups > 1 and a.groups % tp:  # mamba_mixer2.py: a single one is repeated
+                    yield f"{a.groups} groups of heads of the layers with a state"
             elif a.heads % tp:
                 yield f"{a.heads} attention heads"
             elif a.kind != "mla" and (a.kv_heads % tp if a.kv_heads >= tp else tp % a.kv_heads):
@@ -1248,7 +1252,8 @@ def pp_problems(shape: ModelShape, pp: int, *, engine_version: str | None = None
 
         if not at_least(engine_version, "0.4.3"):
             problems.append(f"PP {pp} is not possible: vLLM {engine_version} has no pipeline parallelism")
-    if shape.kind == "pool" and shape.model_type in ENCODERS:
+    encoder = shape.kind == "pool" and shape.model_type in ENCODERS
+    if encoder or shape.architecture in load("configs")["no_stages"]:
         problems.append(f"PP {pp} is not possible: {shape.architecture} cannot be split into stages")
     return problems
 

@@ -31,6 +31,12 @@ from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.plan import
 CONFIGS: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parents[4] / "benchmarks" / "truth" / "configs.json").read_text()
 )
+FALCON_H1 = {
+    "architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1", "torch_dtype": "bfloat16", "hidden_size": 5120,
+    "intermediate_size": 21504, "num_hidden_layers": 72, "num_attention_heads": 20, "num_key_value_heads": 4, "head_dim": 128,
+    "mamba_d_ssm": 4096, "mamba_n_heads": 32, "mamba_d_head": 128, "mamba_d_state": 256, "mamba_n_groups": 2,
+    "vocab_size": 261120, "max_position_embeddings": 262144, "tie_word_embeddings": False,
+}  # fmt: skip
 POWERS = [1, 2, 4, 8, 16]
 
 
@@ -593,6 +599,24 @@ def test_weight_sizes_can_be_given() -> None:
     sizes = {"model-00001.safetensors": 8 << 30, "model-00002.safetensors": 7 << 30}
     assert parse_config(CONFIGS["llama-3.1-8b"], safetensors=sizes).weights_gib == 15
     assert parse_config(CONFIGS["llama-3.1-8b"], safetensors=sizes, weights_gib=15.2).weights_gib == 15.2
+
+
+@pytest.mark.parametrize(
+    "architecture", ["Gemma3nForCausalLM", "Idefics3ForConditionalGeneration", "Zamba2ForCausalLM"]
+)
+def test_classes_without_pipeline_stages(architecture: str) -> None:
+    shape = parse_config({**qwen3(8, 1024, 16, 4096), "architectures": [architecture]})
+    assert pp_problems(shape, 2) == [f"PP 2 is not possible: {architecture} cannot be split into stages"]
+    assert pp_problems(shape, 1) == []
+
+
+def test_groups_of_heads_with_a_state_are_divided_or_one() -> None:
+    def sizes(groups: int) -> list[int]:
+        return tp_sizes({**FALCON_H1, "mamba_n_groups": groups}, 8)
+
+    assert (sizes(1), sizes(2), sizes(4)) == ([1, 2, 4], [1, 2], [1, 2, 4])
+    shape = parse_config({**FALCON_H1, "mamba_n_groups": 2})
+    assert tp_problems(shape, 4) == ["TP 4 is not possible: 2 groups of heads of the layers with a state"]
 
 
 def test_pipeline_stages() -> None:
