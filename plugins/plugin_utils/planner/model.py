@@ -413,7 +413,7 @@ def parse_config(
     config_dtype = config_dtype.removeprefix("torch.")
     if config_dtype not in DTYPE_BYTES:
         raise PlanError("config.torch_dtype", config_dtype, f"one of {', '.join(sorted(DTYPE_BYTES))} is needed")
-    vision = _vision_parameters(config) if multimodal else 0
+    vision = _vision_parameters(config.get("vision_config")) if multimodal else 0
     max_position = _max_position(read, text, model_type)
     position_rows = (
         read.count("max_position_embeddings", default=0, low=0) if encoder or model_type in ("gpt2", "opt") else 0
@@ -904,12 +904,13 @@ def _experts(read: _Reader, num_layers: int, intermediate: int, gated: bool) -> 
     return Mlp(intermediate, gated, experts, top_k, size, shared, latent), sparse
 
 
-def _vision_parameters(config: Config) -> int:
+def _vision_parameters(part: object) -> int:
     """Rough size of a vision tower: attention and MLP of each of its layers."""
-    part = config.get("vision_config")
     if not isinstance(part, Mapping):
         return 0
-    read = _Reader(part)
+    if isinstance(part.get("width"), Mapping):  # DeepSeek-OCR: several towers, by their names
+        return sum(_vision_parameters(tower) for tower in part["width"].values())
+    read = _Reader(part, "config.vision_config")
     width = read.count("embed_dim", "width", "hidden_size", default=0, low=0)
     depth = read.count("depth", "num_hidden_layers", "layers", default=0, low=0)
     ratio = part.get("mlp_ratio")

@@ -37,6 +37,7 @@ from .memory import engine_memory
 from .model import Quantization, pp_problems, tp_problems
 from .service import Service, beyond_the_model
 
+SLICES = "slices of a GPU (MIG) do not work together"
 # A refusal counts with this context when the user named none.
 SHORT_CONTEXT = 2048
 
@@ -90,6 +91,8 @@ def refuse(task: Task, layout: Layout, holds: Holds) -> list[str]:
     total = sum(len(other) for other in groups if other[0].gpu.kind == gpu.kind)
     asked = (service.tp or 1) * (service.pp or 1) * (service.dp or 1)
     asked = max(asked, service.gpu_count or 0)
+    if gpu.mig and asked > 1:
+        return [f"{asked} GPUs are asked for, and {SLICES}: ask for one, and make a service for each of the others"]
     if asked > total:
         return [
             f"{asked} GPUs are asked for and {total} of one kind are there ({gpu.name}, {gpu.memory_total_mib} MiB)"
@@ -166,6 +169,7 @@ def _too_little(service: Service, team: Team, engine: Engine, total: int, holds:
     gpu, count, link = team.gpu, team.count, team.link
     group = [place for part in team.groups for place in part]
     hosts = len(team.groups) if len(team.groups) > 1 else max(1, total // len(group))
+    hosts = 1 if gpu.mig else hosts
     shapes = valid_shapes(service, engine, gpu, count, hosts, link)
     if not shapes:
         sizes = [tp for tp in valid_tp(service, engine) if tp <= count]
@@ -269,7 +273,11 @@ def _ways_out(service: Service, team: Team, engine: Engine, length: int, holds: 
     gpu, count, link = team.gpu, team.count, team.link
 
     def find(
-        other: Service, tokens: int, gpus: int = count, hosts: int = len(team.groups), graphs: bool = False
+        other: Service,
+        tokens: int,
+        gpus: int = count,
+        hosts: int = 1 if gpu.mig else len(team.groups),
+        graphs: bool = False,
     ) -> Need | None:
         """The first layout of up to ``gpus`` GPUs a host, which nobody else uses, that holds it."""
         needs = Needs()
@@ -321,7 +329,9 @@ def _ways_out(service: Service, team: Team, engine: Engine, length: int, holds: 
     if alone and not ways:
         own = find(service, length)
         ways.append(_way("on such GPUs of its own it fits", [] if own else asked, (own or alone).shape))
-    need = find(free, length, max(count, 8), 4, graphs=True)
+    if gpu.mig and not alone:
+        ways.append(f"{SLICES}: take a larger one, or the whole GPU")
+    need = None if gpu.mig else find(free, length, max(count, 8), 4, graphs=True)
     if need and need.shape.world > len(team.groups) * count:
         keys = asked
         for key in reversed(asked):

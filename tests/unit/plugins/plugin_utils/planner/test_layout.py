@@ -550,7 +550,15 @@ def test_mig_slices_hold_engines_of_one_gpu_only() -> None:
     assert row["fits"], row["problems"]
     assert sizes(row) == (1, 1, 1)
     assert row["gpu_uuids"]["host1"][0].startswith("MIG-")
-    assert not one(hosts, model=LARGE, max_model_len=4096)["fits"]
+    refused = one(hosts, model=LARGE, max_model_len=4096)
+    assert "slices of a GPU (MIG) do not work together: take a larger one, or the whole GPU" in refused["problems"]
+    assert not any("such GPUs hold it" in problem for problem in refused["problems"])
+    told = (
+        "2 GPUs are asked for, and slices of a GPU (MIG) do not work together: ask for one, and make a service for each of the "
+        "others"
+    )
+    for asked in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "gpus"):
+        assert one(hosts, max_model_len=4096, **{asked: 2})["problems"] == [told]
 
 
 def test_without_nvlink_custom_all_reduce_is_off() -> None:

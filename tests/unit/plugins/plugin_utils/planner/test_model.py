@@ -595,6 +595,17 @@ def test_an_unknown_architecture_says_how_sure_it_is() -> None:
     assert parse_config(CONFIGS["llama-3.1-8b"]).confidence == "high"
 
 
+def test_vision_towers_by_their_names() -> None:
+    towers = {"clip-l-14-224": {"layers": 24, "width": 1024}, "sam_vit_b": {"layers": 12, "width": 768}}
+    text = qwen3(8, 1024, 16, 4096)
+    vision = {"mlp_ratio": 3.7362, "width": towers}
+    shape = parse_config({**text, "architectures": ["DeepseekOCRForCausalLM"], "vision_config": vision})
+    assert shape.vision_parameters / 1e6 == pytest.approx(302 + 85, rel=0.01)
+    towers["sam_vit_b"]["width"] = -1
+    with pytest.raises(PlanError, match=r"^config\.vision_config\.width is -1"):
+        parse_config({**text, "vision_config": vision})
+
+
 def test_weight_sizes_can_be_given() -> None:
     sizes = {"model-00001.safetensors": 8 << 30, "model-00002.safetensors": 7 << 30}
     assert parse_config(CONFIGS["llama-3.1-8b"], safetensors=sizes).weights_gib == 15
