@@ -31,6 +31,7 @@ from .model import (
     pp_problems,
     tp_problems,
 )
+from .tables import load
 
 KV_DTYPES = {
     "auto": 0.0,
@@ -481,6 +482,7 @@ class _Engine:
     fused_reduce: bool
     whole_from: int
     chunked_above: int
+    expert_chunk: int | None
     family: str
 
 
@@ -515,6 +517,7 @@ def _engine(shape: ModelShape, version: str, capability: tuple[int, int]) -> _En
             fused_reduce=since("0.20.0") and not since("0.25.0"),
             whole_from=LARGE if since("0.20.0") else 1 << 62,
             chunked_above=engine.splits_above(text),
+            expert_chunk=engine.by_release(load("engines")["expert_chunk"], text),
             family="hopper" if capability >= (9, 0) else "other",
         )
     return shape.cache[key]  # type: ignore[no-any-return]
@@ -591,11 +594,15 @@ _SMS = {(7, 0): 80, (7, 5): 40, (8, 0): 108, (8, 6): 72, (8, 9): 58, (9, 0): 132
 
 def _activation(
     shape: ModelShape, facts: _Engine, stage: _Stage, *, batched: int, seqs: int, length: int, eager: bool, sms: int,
-    element: int, tp: int,
+    element: int, tp: int, gathered: int,
 ) -> tuple[int, int]:  # fmt: skip
-    """(bytes at the highest peak of the profile run, bytes that a full batch takes again once the cache is there)."""
+    """(bytes at the highest peak of the profile run, bytes that a full batch takes again once the cache is there).
+
+    Args:
+        gathered: tokens of all replicas, which come to the experts of each (all2all.py); 0: the experts have their own alone.
+    """
     workspace = WORKSPACE[facts.family]
-    stays = stage.moe_token * batched
+    stays = stage.moe_token * max(batched, min(gathered, facts.expert_chunk or gathered))
     compiled = not eager and not facts.v0
     eight = shape.quant is not None and shape.quant.activation_bits == 8
     dense = stage.dense[compiled] * batched
@@ -609,7 +616,9 @@ def _activation(
         # Room to expand the cached latents of a long prompt, allocated whole in the profile run.
         expanded = max(min(max(8 * length, 4 * seqs * BLOCK), 64 * 1024), seqs * BLOCK)
         attention += expanded * stage.mla_row + workspace
-    sparse = stage.sparse[compiled] * batched + stays + workspace if stage.sparse[compiled] else 0
+    sparse = 0
+    if stage.sparse[compiled]:
+        sparse = stage.sparse[compiled] * batched + stays + workspace + gathered * stage.hidden
     peak = steady = max(dense, attention, sparse)
     if facts.compile_peak and not eager and stage.first and shape.kind == "generate":
         # The first start compiles: the code generator times its kernels on tensors as large as the real ones, the
@@ -762,6 +771,7 @@ def engine_memory(
     stages = _stages(shape, tp, pp, expert_split, element, kv_bytes, facts.whole_from)
     if facts.v0 and batched < length <= facts.chunked_above:
         batched = length  # V0 reads a prompt in one piece, and profiles with the longest
+    gathered = dp * batched if expert_split > 1 and dp > 1 else 0
     sms = _SMS.get(capability, 132)
     fused = 0.0 if enforce_eager else _fused_reduce(facts, tp, capability, batched * stages[0].hidden)
     if facts.v0:
@@ -778,7 +788,7 @@ def engine_memory(
     for number, stage in enumerate(stages):
         peak, steady = _activation(
             shape, facts, stage, batched=batched, seqs=seqs, length=length, eager=enforce_eager, sms=sms,
-            element=element, tp=tp,
+            element=element, tp=tp, gathered=gathered,
         )  # fmt: skip
         graphs = counted = 0.0
         if not enforce_eager:

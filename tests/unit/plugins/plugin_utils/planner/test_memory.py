@@ -401,3 +401,20 @@ def test_it_is_fast_enough_for_a_search() -> None:
     for length in range(1024, 3024):
         engine_memory(model, max_model_len=length, **A10)
     assert (time.perf_counter() - began) / 2000 < 0.001  # about 0.05 ms on an idle machine
+
+
+def test_experts_of_replicas_have_the_tokens_of_all() -> None:
+    """GLM-4.5-Air's like: every replica's experts work on the batches of all (source-derived, not measured)."""
+    arguments: dict[str, Any] = {
+        "gpu_memory_total_mib": 81559, "expert_parallel": True, "max_num_batched_tokens": 8192, "max_model_len": 4096,
+        "max_num_seqs": 16,
+    }  # fmt: skip
+    model = shape("qwen3-30b-a3b")
+    one, four = (engine_memory(model, data_parallel_size=dp, **arguments).activation_gib for dp in (1, 4))
+    row = 8 * (2048 + 2048) * 2  # top_k, the wider of hidden size and products before and after the activation, bytes
+    assert (four - one) * 2**30 >= 3 * 8192 * row
+    two, four = (
+        engine_memory(model, data_parallel_size=dp, engine_version="0.14.0", **arguments).activation_gib
+        for dp in (2, 4)
+    )
+    assert 0 < (four - two) * 2**30 <= 2 * 8192 * 2048 * 2  # no more than 16384 tokens at once: the gathered ones alone
