@@ -183,22 +183,21 @@ def is_risky(
     engine: Engine, suffix: str, capability: Capability, gpu_name: str, driver: str | None, container: bool
 ) -> bool:
     """The driver is older than the build's CUDA, and may refuse to compile parts of it or not let its image start."""
-    old = _is_older(engine, suffix, driver)
+    old = driver is not None and not at_least(driver, _own_driver(engine, suffix))
     return old and (_jit_compiled(capability) or start_problem(engine, suffix, gpu_name, driver, container) is not None)
 
 
-def _is_older(engine: Engine, suffix: str, driver: str | None) -> bool:
+def _own_driver(engine: Engine, suffix: str) -> str:
     own: str = load("engines")["cuda"]["12.9" if suffix else engine.cuda]["own_driver"]
-    return driver is not None and not at_least(driver, own)
+    return own
 
 
 def start_problem(engine: Engine, suffix: str, gpu_name: str, driver: str | None, container: bool) -> str | None:
     """Why the image does not start with an old driver, or None."""
-    table = load("engines")
-    brand = next((brand for brand in table["old_drivers_refused"] if brand in gpu_name.lower()), None)
-    if not container or brand is None or not _is_older(engine, suffix, driver):
+    unlisted = container and any(brand in gpu_name.lower() for brand in load("engines")["old_drivers_refused"])
+    own = _own_driver(engine, suffix)
+    if driver is None or not unlisted or at_least(driver, own):
         return None
-    own = table["cuda"]["12.9" if suffix else engine.cuda]["own_driver"]
     return f"the image of vLLM {engine.version}{suffix} does not start on {gpu_name} with driver {driver}: install {own} or newer"
 
 

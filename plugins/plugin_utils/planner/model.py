@@ -921,7 +921,7 @@ def _vision_parameters(part: object) -> int:
 
 
 def _vision_cut(config: Config) -> tuple[tuple[str, int], ...]:
-    row, part = load("configs")["vision_cut"].get(config.get("model_type")), config.get("vision_config")
+    row, part = load("configs")["vision_cut"].get(str(config.get("model_type"))), config.get("vision_config")
     if row is None or not isinstance(part, Mapping):
         return ()
     read = _Reader(part, "config.vision_config")
