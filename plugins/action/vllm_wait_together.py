@@ -19,7 +19,7 @@ class ActionModule(Wait):
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         ActionBase.run(self, tmp, task_vars)
-        _, arguments = self.validate_argument_spec({"servers": {"type": "dict", "required": True}})
+        arguments = self.validate_argument_spec({"servers": {"type": "dict", "required": True}})[1]
         wrong = [name for name, wait in arguments["servers"].items() if not isinstance(wait, dict)]
         if wrong:
             raise AnsibleActionFail(f"servers[{wrong[0]}] is no dictionary: give the options of vllm_wait")

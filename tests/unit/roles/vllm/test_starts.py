@@ -366,3 +366,50 @@ def test_who_starts_together(render: Callable[..., Any], role_vars: Callable[...
     assert firsts(gpus="request") == [], "a reload of systemd takes GPUs that a container has not opened"
     wide = {"name": "wide", "state_dir": "/var/lib/vllm/wide", "turn": [], "span": {"hosts": ["one", "two"]}}
     assert firsts(spans=[wide]) == []
+
+
+def test_one_list_of_services_for_all_hosts(
+    render: Callable[..., Any], role_vars: Callable[..., dict[str, Any]]
+) -> None:
+    """Else the second host's own would be removed as services that are not listed any more."""
+    chat, embed = {"name": "chat", "model": "a/b"}, {"name": "embed", "model": "a/c"}
+
+    def unlike(mine: Any, first: Any) -> Any:
+        given = role_vars("vllm", "main") | {
+            "inventory_hostname": "gpu2",
+            "ansible_play_hosts": ["gpu1", "gpu2"],
+            "vllm_services": mine,
+            "hostvars": {"gpu1": {"vllm_services": first}},
+        }
+        return render("{{ __vllm_unlike }}", **given)
+
+    assert unlike([chat, embed], [chat, {**embed, "port": 8001}]) == []
+    (problem,) = unlike([embed], [chat])
+    assert problem.startswith(
+        "vllm_services of gpu2 (embed) is another list than that of gpu1 (chat): one list holds for"
+    )
+    assert len(unlike([{**chat, "model": "a/d"}], [chat])) == 1
+
+
+def test_code_of_a_model_that_somebody_has_read(
+    render: Callable[..., Any], role_vars: Callable[..., dict[str, Any]]
+) -> None:
+    commit, other = "ab" * 20, "12" * 20
+    services = {
+        "local": {"model": "/srv/m"},
+        "hub": {"model": "a/b"},
+        "pinned": {"model": "a/b", "revision": commit},
+        "share": {"model": "file:///mnt/m"},
+        "invented": {"model": "https://files.example/m", "revision": other},
+        "read": {"model": "file:///mnt/m", "revision": commit},
+    }
+    given = role_vars("vllm", "main") | {
+        "vllm_plan_inputs": {
+            "services": [{"name": name, "trust_remote_code": True, **row} for name, row in services.items()]
+        },
+        "model_infos": {name: {"commit": commit} for name in services},
+    }
+    assert [problem.split()[1] for problem in render("{{ __vllm_unpinned }}", **given)] == ["hub"]
+    unread = render("{{ __vllm_unread }}", **given)
+    assert [problem.split()[1] for problem in unread] == ["invented", "share"]
+    assert all(problem.endswith(f"read the code there, then give {commit} as revision") for problem in unread)
