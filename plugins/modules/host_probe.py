@@ -56,8 +56,8 @@ options:
     default: []
   pid_files:
     description:
-      - Files that hold the process id of a daemon, and behind it, where it may run in a container, the inode of its PID
-        namespace, in which the id counts.
+      - Files that hold the process id of a daemon whose command line holds the file's name without its ending, or, behind
+        it, where it may run in a container, the inode of its PID namespace, in which the id counts.
     type: list
     elements: path
     default: []
@@ -245,7 +245,12 @@ def living_pid(path):
     except (IOError, OSError, ValueError, IndexError):
         return 0
     if len(numbers) == 1:
-        return pid if os.path.isdir("/proc/%d" % pid) else 0
+        # After a boot another process may have its number.
+        program = os.path.splitext(os.path.basename(path))[0]
+        try:
+            return pid if program in read("/proc/%d/cmdline" % pid) else 0
+        except (IOError, OSError):
+            return 0
     for link in glob.glob("/proc/[0-9]*/ns/pid"):
         try:
             if os.readlink(link) == "pid:[%d]" % numbers[1]:

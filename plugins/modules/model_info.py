@@ -226,7 +226,8 @@ def from_folder(path):
     if weights == 0:
         raise Problem("%s has config.json and no weights (*.safetensors): finish the download of the model" % path)
     missing = sorted(shards - set(sizes))
-    if missing:
+    # An index of files of which none is there is not that of the weights beside it.
+    if missing and (len(missing) < len(shards) or any(name.startswith("model-") for name in sizes)):
         raise Problem(
             "%s lacks %d of the %d files that %s names (%s): finish the download of the model"
             % (path, len(missing), len(shards), INDEX, ", ".join(missing[:3]) + (", ..." if missing[3:] else ""))

@@ -198,7 +198,7 @@ def start_problem(engine: Engine, suffix: str, gpu_name: str, driver: str | None
     own = _own_driver(engine, suffix)
     if driver is None or not unlisted or at_least(driver, own):
         return None
-    return f"the image of vLLM {engine.version}{suffix} does not start on {gpu_name} with driver {driver}: install {own} or newer"
+    return f"the image of vLLM {engine.version}{suffix} refuses driver {driver} on {gpu_name}, unless GPUs come by CDI: install {own} or newer"
 
 
 def rope_problem(engine: Engine, kind: str) -> str | None:
@@ -229,8 +229,11 @@ def by_release(rows: dict[str, Any], version: str) -> Any:
 
 def method_problem(version: str, method: str | None) -> str | None:
     """Why a release cannot load weights of this quantization method, or None (also for one that no release lists)."""
-    row = load("engines")["quantization_releases"].get(method or "")
-    return None if row is None else _missing(version, row, f"quantization method {method}")
+    row = load("engines")["quantization_releases"].get(method or "", {})
+    problem = _missing(version, row, f"quantization method {method}") if row else None
+    if problem and "plugin" in row and at_least(version, row["first"]):
+        problem += f"; later ones take it by {row['plugin']}, in an `image` of your own"
+    return problem
 
 
 def is_deprecated(version: str, method: str | None) -> bool:
@@ -246,7 +249,7 @@ def quantization_problem(version: str, method: str | None, capability: Capabilit
     if isinstance(floor, dict):
         floor, where = by_release(floor, version), f" in vLLM {version}"
     if floor is None or capability >= parse_capability(floor):
-        return method_problem(version, method)
+        return None
     return f"{kernels} weights need compute capability {floor}{where}, the GPU has {show(capability)}"
 
 

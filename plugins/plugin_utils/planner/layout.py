@@ -310,8 +310,10 @@ def _weights_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:
         default=0,
     )
     kernels = quant.kernels if quant and quant.method == method else ""
-    return engines.quantization_problem(engine.version, method, gpu.capability, kernels) or engines.dtype_problem(
-        engine, gpu.capability, shape.model_type, dtype_for(service, gpu), method, head
+    return (
+        engines.quantization_problem(engine.version, method, gpu.capability, kernels)
+        or (None if service.image else engines.method_problem(engine.version, method))
+        or engines.dtype_problem(engine, gpu.capability, shape.model_type, dtype_for(service, gpu), method, head)
     )
 
 

@@ -774,6 +774,10 @@ def _block(block: _Reader, layer: Layer, heads: int, hidden: int) -> Layer:
     own = block.find("attention")[1]
     if isinstance(own, Mapping) and attention:
         part = _Reader(own, f"{block.field}.attention")
+        if part.flag("replace_with_linear"):
+            raise PlanError(
+                f"{part.field}.replace_with_linear", True, "attention that is replaced by a matrix cannot be planned"
+            )
         group = 1 if part.flag("no_op") else part.count("n_heads_in_group", high=heads)
         attention = None if part.flag("no_op") else replace(attention, kv_heads=heads // group)
     own = block.find("ffn")[1]

@@ -319,8 +319,11 @@ def _ways_out(service: Service, team: Team, engine: Engine, length: int, holds: 
         for label, quant in SMALLER.items():
             quantized = replace(service.shape, quantization=quant.method, quant=quant, weights_gib=None, cache={})
             smaller = replace(service, shape=quantized, quantization=None)
-            if engines.quantization_problem(engine.version, quant.method, gpu.capability) or not find(
-                _without(smaller, asked), length
+            problem = engines.quantization_problem(engine.version, quant.method, gpu.capability)
+            if (
+                problem
+                or engines.method_problem(engine.version, quant.method)
+                or not find(_without(smaller, asked), length)
             ):
                 continue
             if found := least(asked, smaller):

@@ -146,7 +146,8 @@ def test_libraries(probe: Callable[..., Any]) -> None:
 
 def test_pids(probe: Callable[..., Any], tmp_path: Path) -> None:
     contents = {
-        "alive": f"{os.getpid()}\n",
+        "pytest.pid": f"{os.getpid()}\n",
+        "supervisord.pid": f"{os.getpid()}\n",  # another process has its number since a boot
         "dead": "999999999",
         "odd": "x",
         "empty": "",
@@ -156,8 +157,8 @@ def test_pids(probe: Callable[..., Any], tmp_path: Path) -> None:
     for name, content in contents.items():
         (tmp_path / name).write_text(content)
     pids = probe(pid_files=[f"{tmp_path}/{name}" for name in [*contents, "missing"]])["pids"]
-    assert {path.rsplit("/", 1)[1]: pid for path, pid in pids.items() if pid} == {"alive": os.getpid()}
-    assert len(pids) == 7
+    assert {path.rsplit("/", 1)[1]: pid for path, pid in pids.items() if pid} == {"pytest.pid": os.getpid()}
+    assert len(pids) == 8
 
 
 def test_pids_of_another_namespace(probe: Callable[..., Any], tmp_path: Path) -> None:

@@ -164,6 +164,10 @@ def test_a_folder_that_lacks_some_of_its_weights(read: Callable[..., Any], tmp_p
     )
     write(folder, dict.fromkeys(names, b"a" * 10))
     assert read(str(folder))["present"] is True
+    for path in folder.glob("model-*"):
+        path.unlink()
+    write(folder, {"consolidated.safetensors": b"d" * 99})
+    assert read(str(folder))["weights_bytes"] == 99, "the index is that of files which were left out on purpose"
 
 
 def test_a_link_that_leads_nowhere_on_a_share(read: Callable[..., Any], tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def method(name: str, **fields: Any) -> dict[str, Any]:
     ("name", "service", "told"),
     [
         ("aqlm", {"engine_version": "0.25.1"}, "dropped quantization method aqlm: 0.10.0 is the last with it; engine_version 0.10.0 can"),
-        ("bitsandbytes", {"engine_version": "0.32.0"}, "method bitsandbytes: 0.27.1 is the last with it; engine_version 0.25.1 can"),
+        ("bitsandbytes", {"engine_version": "0.32.0"}, "method bitsandbytes: 0.27.1 is the last with it; later ones take it by vllm-bnb-plugin, in an `image` of your own; engine_version 0.25.1 can"),
         ("compressed-tensors", {"engine_version": "0.4.2"}, "method compressed-tensors: it came with 0.5.0; engine_version 0.25.1 can"),
         ("bitsandbytes", {"engine_version": "0.32.0", "device": "cpu"}, "vLLM 0.32.0 has dropped quantization method bitsandbytes"),
     ],
@@ -211,6 +211,19 @@ def method(name: str, **fields: Any) -> dict[str, Any]:
 def test_a_release_without_the_quantization_method_is_refused(name: str, service: dict[str, Any], told: str) -> None:
     row = one("1x H100", method(name), **service)
     assert not row["fits"] and told in "; ".join(row["problems"])
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_an_image_of_the_users_own_may_have_the_plugin(device: str) -> None:
+    service = {
+        "engine_version": "0.32.0",
+        "device": device,
+        "runtime": "container",
+        "image": "registry.example/vllm-bnb:1",
+    }
+    assert "quantization method" not in "; ".join(
+        one("1x H100", method("bitsandbytes", load_in_4bit=True), **service)["problems"]
+    )
 
 
 def test_a_method_that_no_release_for_the_gpu_has_says_what_would_help() -> None:

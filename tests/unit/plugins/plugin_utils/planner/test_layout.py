@@ -599,7 +599,7 @@ def test_an_image_that_would_not_start_with_an_old_driver_is_not_taken() -> None
     assert one(hosts, max_model_len=4096, runtime="venv")["engine_version"] == "0.19.1"
     llama = one(hosts, max_model_len=4096, **LLAMA_31)
     assert llama["engine_version"] == "0.25.1"
-    assert any("does not start on NVIDIA GeForce RTX 4090 with driver 535" in line for line in llama["why"])
+    assert any("refuses driver 535.183.01 on NVIDIA GeForce RTX 4090" in line for line in llama["why"])
 
 
 def test_a_release_must_read_the_kind_of_rope_scaling() -> None:

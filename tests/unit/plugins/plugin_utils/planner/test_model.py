@@ -606,6 +606,16 @@ def test_vision_towers_by_their_names() -> None:
         parse_config({**text, "vision_config": vision})
 
 
+def test_attention_that_is_replaced_by_a_matrix_is_named() -> None:
+    blocks = [{"attention": {"n_heads_in_group": None, "replace_with_linear": True}, "ffn": {"ffn_mult": 1.0}}]
+    config = {
+        "architectures": ["DeciLMForCausalLM"], "model_type": "nemotron-nas", "hidden_size": 64, "num_attention_heads": 8,
+        "num_hidden_layers": 1, "vocab_size": 128, "intermediate_size": 128, "block_configs": blocks,
+    }  # fmt: skip
+    with pytest.raises(PlanError, match=r"block_configs\[0\].attention.replace_with_linear is True; attention that is"):
+        parse_config(config)
+
+
 def test_weight_sizes_can_be_given() -> None:
     sizes = {"model-00001.safetensors": 8 << 30, "model-00002.safetensors": 7 << 30}
     assert parse_config(CONFIGS["llama-3.1-8b"], safetensors=sizes).weights_gib == 15
