@@ -198,7 +198,8 @@ def start_problem(engine: Engine, suffix: str, gpu_name: str, driver: str | None
     own = _own_driver(engine, suffix)
     if driver is None or not unlisted or at_least(driver, own):
         return None
-    return f"the image of vLLM {engine.version}{suffix} refuses driver {driver} on {gpu_name}, unless GPUs come by CDI: install {own} or newer"
+    image = f"the image of vLLM {engine.version}{suffix}"
+    return f"{image} refuses driver {driver} on {gpu_name}, unless GPUs come by CDI: install {own} or newer"
 
 
 def rope_problem(engine: Engine, kind: str) -> str | None:

@@ -203,7 +203,8 @@ def method(name: str, **fields: Any) -> dict[str, Any]:
     ("name", "service", "told"),
     [
         ("aqlm", {"engine_version": "0.25.1"}, "dropped quantization method aqlm: 0.10.0 is the last with it; engine_version 0.10.0 can"),
-        ("bitsandbytes", {"engine_version": "0.32.0"}, "method bitsandbytes: 0.27.1 is the last with it; later ones take it by vllm-bnb-plugin, in an `image` of your own; engine_version 0.25.1 can"),
+        ("bitsandbytes", {"engine_version": "0.32.0"}, "method bitsandbytes: 0.27.1 is the last with it; later ones take it by "
+         "vllm-bnb-plugin, in an `image` of your own; engine_version 0.25.1 can"),
         ("compressed-tensors", {"engine_version": "0.4.2"}, "method compressed-tensors: it came with 0.5.0; engine_version 0.25.1 can"),
         ("bitsandbytes", {"engine_version": "0.32.0", "device": "cpu"}, "vLLM 0.32.0 has dropped quantization method bitsandbytes"),
     ],
