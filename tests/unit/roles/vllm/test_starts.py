@@ -379,7 +379,7 @@ def test_one_list_of_services_for_all_hosts(
             "inventory_hostname": "gpu2",
             "ansible_play_hosts": ["gpu1", "gpu2"],
             "vllm_services": mine,
-            "hostvars": {"gpu1": {"vllm_services": first}},
+            "hostvars": {"gpu1": {"vllm_services": first} if first else {}},
         }
         return render("{{ __vllm_unlike }}", **given)
 
@@ -389,6 +389,7 @@ def test_one_list_of_services_for_all_hosts(
         "vllm_services of gpu2 (embed) is another list than that of gpu1 (chat): one list holds for"
     )
     assert len(unlike([{**chat, "model": "a/d"}], [chat])) == 1
+    assert unlike([chat], None) == [], "given to the play, and not known of any host by itself"
 
 
 def test_code_of_a_model_that_somebody_has_read(
