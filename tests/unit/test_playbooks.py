@@ -58,3 +58,10 @@ def test_a_plan_of_two_lists(tmp_path: Path) -> None:
     embed = {"name": "embed", "model": "BAAI/bge-m3"}
     output, status = play(tmp_path, "plan.yml", one={"vllm_services": [CHAT]}, two={"vllm_services": [embed]})
     assert status != 0 and "hosts have different lists of vllm_services (chat; embed): one list holds for all" in output
+
+
+def test_the_plan_of_the_quickstart(tmp_path: Path) -> None:
+    command = ["ansible-playbook", "-i", ROOT / "inventories/quickstart", ROOT / "playbooks/plan.yml"]
+    done = run(command, ROOT, ANSIBLE_NOCOLOR="1", QUICKSTART_DIR=str(tmp_path / "quickstart"))
+    assert done.returncode == 0 and "Everything fits" in done.stdout, done.stdout[-3000:]
+    assert not (tmp_path / "quickstart").exists()
