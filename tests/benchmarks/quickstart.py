@@ -26,7 +26,7 @@ STAGES = {
     "Install the tools": "uv and supervisor",
     "Install vLLM": "vLLM's environment",
     "Make the random model": "model",
-    "Wait for an answer": "server start",
+    "Wait for answers": "server start",
     "Prove that": "proof",
 }
 TASK = re.compile(r"^(\S+ \S+?),\d+ .*? TASK \[(.*)\]")
