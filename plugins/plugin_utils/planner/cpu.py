@@ -31,9 +31,8 @@ def place_on_cpu(task: Task, layout: Layout, port: int) -> list[dict[str, Any]]:
     """
     service = task.service
     engine = service.engine or engines.get(load("engines")["default_version"]["cpu"])
-    method = service.quantization or service.shape.quantization
     if problem := engines.architecture_problem(engine, service.shape.architecture) or (
-        None if service.image else engines.method_problem(engine.version, method)
+        None if service.image else engines.method_problem(engine.version, service.quantization_method)
     ):
         task.problems.append(problem)
         return []

@@ -219,7 +219,7 @@ def _least_weights_gib(service: Service) -> float:
     """Less than the weights can be in memory: what rules out most layouts of a large model without counting tensors."""
     if service.shape.weights_gib is not None:
         return service.shape.weights_gib * 0.9
-    quantized = service.quantization or service.shape.quantization
+    quantized = service.quantization_method
     return service.shape.parameters * (0.5 if quantized else 2) / 1024**3 * 0.9
 
 
@@ -259,7 +259,7 @@ def _choose_engine(service: Service, gpu: Gpu, driver: str | None) -> tuple[Engi
         refused = [problem]
         if service.engine and (other := _choose_engine(replace(service, engine=None), gpu, driver)[0]):
             refused.append(f"engine_version {other.version} can")
-        elif engines.method_problem(able[0][0].version, service.quantization or service.shape.quantization):
+        elif engines.method_problem(able[0][0].version, service.quantization_method):
             refused.append("take other weights, or a GPU that such a release runs on")
         return None, "", refused, []
     if problem:
@@ -292,7 +292,7 @@ def _weights_problem(service: Service, engine: Engine, gpu: Gpu) -> str | None:
     """Why a release cannot run the model's weights and its attention on a GPU, or None."""
     if problem := _attention_problem(service, engine, gpu) or _cache_problem(service, engine, gpu):
         return problem
-    shape, method = service.shape, service.quantization or service.shape.quantization
+    shape, method = service.shape, service.quantization_method
     never, quant = load("engines")["no_int8_from"], shape.quant
     if (
         quant

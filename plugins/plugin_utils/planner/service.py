@@ -142,6 +142,11 @@ class Service:
         return self.shape.kind == "pool"
 
     @property
+    def quantization_method(self) -> str | None:
+        """Of its weights: as the user says, else as the model's config does."""
+        return self.quantization or self.shape.quantization
+
+    @property
     def splits_prompts(self) -> bool:
         """``extra_args`` tell the V0 core to split prompts."""
         told = self.told("--enable-chunked-prefill")

@@ -188,7 +188,7 @@ def command_line(service: Service, version: str, settings: Mapping[str, Any], ex
     args += option("--enforce-eager", settings["enforce_eager"])
     args += option("--disable-custom-all-reduce", tp > 1 and settings["link"] != "nvlink")
     args += option("--quantization", service.quantization)
-    if engines.is_deprecated(version, service.quantization or service.shape.quantization):
+    if engines.is_deprecated(version, service.quantization_method):
         args += option("--allow-deprecated-quantization")
     if service.shape.keeps_vision_whole(tp):
         args += option("--mm-encoder-tp-mode", "data")
