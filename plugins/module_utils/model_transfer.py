@@ -416,11 +416,8 @@ class Fetch(object):
     def _prepare(self):
         for name in ("files", "parts"):
             for entry in self.entries:
-                parent = os.path.dirname(os.path.join(self.staging, name, entry["path"]))
-                if not os.path.isdir(parent):
-                    os.makedirs(parent)
-        if not os.path.isdir(self.place.base):
-            os.makedirs(self.place.base)
+                os.makedirs(os.path.dirname(os.path.join(self.staging, name, entry["path"])), exist_ok=True)
+        os.makedirs(self.place.base, exist_ok=True)
 
     def _check_room(self):
         """Once all is linked that can be: that has come already, and takes no room."""
@@ -835,8 +832,7 @@ def tls_context(peers, folder, server):
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_verify_locations(cadata=peers["certificate"])
     # The library reads the key from a file only; nobody else can open this one, and it is gone at once.
-    if not os.path.isdir(folder):
-        os.makedirs(folder)
+    os.makedirs(folder, exist_ok=True)
     handle, path = tempfile.mkstemp(dir=folder)
     try:
         with os.fdopen(handle, "w") as file:

@@ -150,8 +150,7 @@ def stamps():
 def stamp(module, reference, found, checksum):
     """Remembers that an image came from the archive with this checksum."""
     folder = os.path.dirname(STAMP)
-    if not os.path.isdir(folder):
-        os.makedirs(folder, 0o755)
+    os.makedirs(folder, 0o755, exist_ok=True)
     fresh = "%s.%d" % (STAMP, os.getpid())
     with open(fresh, "w") as handle:
         json.dump(dict(stamps(), **{reference: {"id": found, "checksum": checksum}}), handle, indent=2, sort_keys=True)

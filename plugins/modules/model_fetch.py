@@ -220,9 +220,8 @@ def detach(keep):
 def start(module, place, status_path):
     params, model = module.params, module.params["model"]
     model_store.check_writable(params["root"])
-    staging = os.path.join(params["root"], ".staging")
-    if not os.path.isdir(staging):
-        os.makedirs(staging, 0o755)
+    # Another run may make it at the same moment.
+    os.makedirs(os.path.join(params["root"], ".staging"), 0o755, exist_ok=True)
     lock = model_store.Lock(place.staging(model["commit"]) + ".lock")
     if not lock.take():
         return dict(read(status_path), attached=True)

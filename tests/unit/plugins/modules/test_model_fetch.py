@@ -90,6 +90,22 @@ def test_two_runs_at_once_meet(call: Callable[..., Any], hub: Hub, tmp_path: Pat
     assert len([path for path in hub.paths() if path.startswith("/cdn/")]) == 1
 
 
+def test_a_folder_that_another_run_makes_meanwhile(
+    call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, make = [], os.makedirs
+
+    def late(path: str, mode: int = 0o777, exist_ok: bool = False) -> None:
+        make(path, exist_ok=True)
+        made.append(path)
+        make(path, mode, exist_ok)
+
+    monkeypatch.setattr(os, "makedirs", late)
+    assert not call("started").get("failed")
+    assert str(tmp_path / "models/.staging") in made
+    assert wait(call)["changed"] is True
+
+
 def test_a_killed_process_is_told_and_taken_up(call: Callable[..., Any], hub: Hub, tmp_path: Path) -> None:
     hub.faults.append(Fault("/cdn/", stall_at=2_000_000))
     call("started", timeout=60)
