@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,48 @@ def look(**other: Any) -> dict[str, Any]:
         "newer_files": [], "foreign_sources": [], "objection": "",
         "package_lists": True, "nofile_limit": 2**20, "nofile_possible": True, **other,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("program", ["dockerd", "containerd"])
+@pytest.mark.parametrize("other", ["sleep", "containerd"])
+def test_number_of_a_killed_engine_is_anothers_now_standin(
+    program: str, other: str, tmp_path: Path, render: Callable[..., Any], role_vars: Callable[..., dict[str, Any]]
+) -> None:
+    """The stand-in refuses as dockerd does: where the file has the number of a process, whatever process that is.
+
+    A containerd that outlived its dockerd keeps its file: the next dockerd takes it up by that.
+    """
+    files = {name: tmp_path / f"{name}.pid" for name in ("dockerd", "containerd")}
+    engine, client, up = tmp_path / "dockerd", tmp_path / "docker", tmp_path / "up"
+    engine.write_text(
+        f'#!/bin/sh\nif kill -0 "$(cat {files["dockerd"]})" 2> /dev/null; then echo "pid file found" >&2; exit 1; fi\n: > {up}\n'
+    )
+    client.write_text(f"#!/bin/sh\ntest -e {up}\n")
+    for path in (engine, client):
+        path.chmod(0o755)
+    tasks = yaml.safe_load((ROLE / "tasks/start_process.yml").read_text())
+    (start,) = [task for task in tasks if task["name"] == "Start the engine as a process of its own"]
+    command = render(
+        start["ansible.builtin.shell"]["cmd"],
+        **role_vars("docker", "main") | {
+            "__docker_pid_files": {name: str(path) for name, path in files.items()},
+            "__docker_log_file": str(tmp_path / "log"),
+            "__docker_env_file": str(tmp_path / "env"),
+            "__docker_probe": {"dockerd": str(engine)},
+        },
+    )  # fmt: skip
+    (tmp_path / other).symlink_to(shutil.which("sleep") or "")
+    with subprocess.Popen([tmp_path / other, "60"]) as process:
+        files[program].write_text(f"{process.pid}\n")
+        try:
+            done = subprocess.run(
+                ["sh", "-c", command],
+                env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True, text=True, timeout=30,
+            )  # fmt: skip
+        finally:
+            process.kill()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert files[program].exists() is (program == other)
 
 
 @pytest.fixture
