@@ -50,6 +50,7 @@ _value:
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 STAMP = ".baremetal-complete.json"  # as vllm_venv writes it
@@ -196,6 +197,23 @@ def _hidden(services: list[dict[str, Any]], settings: dict[str, Any]) -> list[st
     ]
 
 
+def _told(services: list[dict[str, Any]], probe: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """Second places for what tells the address, which are of use to others: their folders are made by those."""
+    problems = []
+    for service in services:
+        for path in service["endpoint_files"][1:]:
+            folder = str(Path(path).parent)
+            if not Path(path).is_absolute():
+                problems.append(f"endpoint_file {path} of service {service['name']} is no absolute path: give one")
+            # The collection's own root is made on the way.
+            elif not service.get("headless") and folder not in (settings["root"], *probe["writable"]):
+                problems.append(
+                    f"endpoint_file {path} of service {service['name']} needs a folder {folder} that is there and can be written to: "
+                    "make it, or name another place"
+                )
+    return problems
+
+
 def host_readiness(services: list[dict[str, Any]], probe: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     problems = []
     builds = settings["builds"]
@@ -221,6 +239,7 @@ def host_readiness(services: list[dict[str, Any]], probe: dict[str, Any], settin
     problems += _ports(services, probe["listeners"], settings["gone"])
     problems += _manager(probe, settings) if services else []
     problems += _hidden(services, settings)
+    problems += _told(services, probe, settings)
     folder = settings["supervisor_dir"]
     if settings["manager"] == "supervisor" and len(folder) > SOCKET_PATH_MAX - len("/supervisor.sock"):
         problems.append(f"{folder} is too long for the address of a socket: set a shorter vllm_root")

@@ -66,6 +66,11 @@ options:
     type: list
     elements: str
     default: []
+  writable:
+    description: Folders that this user is to write to.
+    type: list
+    elements: path
+    default: []
   images:
     description: Container images to look for. Given, also as an empty list, Docker is asked what it is.
     type: list
@@ -137,6 +142,11 @@ programs:
   elements: str
 users:
   description: Those of O(users) that are there.
+  returned: success
+  type: list
+  elements: str
+writable:
+  description: Those of O(writable) that are there and can be written to.
   returned: success
   type: list
   elements: str
@@ -318,6 +328,7 @@ def main():
             "libraries": {"type": "list", "elements": "str", "default": []},
             "pid_files": {"type": "list", "elements": "path", "default": []},
             "users": {"type": "list", "elements": "str", "default": []},
+            "writable": {"type": "list", "elements": "path", "default": []},
         },
         supports_check_mode=True,
     )
@@ -345,6 +356,9 @@ def main():
         programs=[program for program in module.params["programs"] if module.get_bin_path(program)],
         pythons=interpreters(module, module.params["pythons"]),
         users=[user for user in module.params["users"] if exists(user)],
+        writable=[
+            path for path in module.params["writable"] if os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
+        ],
     )
 
 

@@ -50,6 +50,7 @@ def service(
         "port": port,
         "state_dir": f"/var/lib/vllm/{name}",
         "config_dir": f"/etc/vllm/{name}",
+        "endpoint_files": [f"/etc/vllm/{name}/endpoint.json"],
         "model_path": f"/srv/models/{name}",
         "python": f"{path}/bin/python",
         "runtime": "venv" if venv else "container",
@@ -65,6 +66,7 @@ def probe(**seen: Any) -> dict[str, Any]:
         "listeners": {},
         "fingerprints": {},
         "pids": {},
+        "writable": [],
     }
     return {**told, "libraries": ["libnuma.so.1"], "programs": ["gcc"], **seen}
 
@@ -342,3 +344,21 @@ def test_in_a_template(render: Callable[..., Any]) -> None:
     template = "{{ services | baremetal.vllm.host_readiness(probe, settings) }}"
     shown = render(template, services=[service()], probe=probe(), settings=SETTINGS)
     assert (shown["problems"], shown["python"]) == ([], "/usr/bin/python3")
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        ("/home/me/endpoint.json", ""),
+        ("/opt/vllm/endpoint.json", ""),
+        (
+            "/home/you/endpoint.json",
+            "needs a folder /home/you that is there and can be written to: make it, or name another place",
+        ),
+        ("endpoint.json", "is no absolute path: give one"),
+    ],
+)
+def test_a_second_place_for_the_address(path: str, wrong: str) -> None:
+    told = {**service(), "endpoint_files": ["/etc/vllm/chat/endpoint.json", path]}
+    problems = judge([told], probe(writable=["/home/me"]))["problems"]
+    assert problems == ([f"endpoint_file {path} of service chat {wrong}"] if wrong else [])

@@ -252,3 +252,9 @@ def test_bad_parameters(run_module: Callable[..., Any], params: dict[str, Any], 
 
 def test_users(probe: Callable[..., Any]) -> None:
     assert probe(users=["root", "nobody-has-this-name"])["users"] == ["root"]
+
+
+def test_folders_that_can_be_written_to(probe: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    asked = [str(tmp_path), str(tmp_path / "file"), str(tmp_path / "none")]
+    assert probe(writable=asked)["writable"] == asked[:1]
