@@ -224,6 +224,9 @@ def test_services_do_not_exchange_their_ports_in_one_run(site: Site) -> None:
 
 def test_what_is_not_listed_any_more_is_removed(site: Site) -> None:
     before = site.ask("one")
+    site.services["two"]["endpoint_file"] = str(site.folder / "none/first.json")
+    output, changed = site.play()
+    assert changed == -1 and f"of service two needs a folder {site.folder}/none" in " ".join(output.split())
     copies = [site.folder / "first.json", site.folder / "second.json"]
     for copy in copies:
         site.services["two"]["endpoint_file"] = str(copy)
