@@ -11,7 +11,7 @@ description:
   - Joins RV(vllm_services) with what M(baremetal.vllm.model_info) read of their models and
     M(baremetal.vllm.gpu_facts) of the hosts, in the form that P(baremetal.vllm.vllm_plan#filter) takes. What the user wrote wins.
   - A service whose model no host can read is left out; the preflight reports it.
-positional: hosts, gpu, models, runtime, all_hosts
+positional: hosts, gpu, models, runtime, all_hosts, drivers
 options:
   _input:
     description: RV(vllm_services).
@@ -43,6 +43,10 @@ options:
         refused, as it would be planned onto the hosts that happen to be there, and one of other hosts is left out.
     type: list
     elements: str
+  unread:
+    description: Keeps services whose model no host can read, for a plan by the catalog of models alone.
+    type: bool
+    default: false
   drivers:
     description: For each of O(hosts) the NVIDIA driver that it is going to have, empty where it keeps what it has.
     type: list
@@ -132,6 +136,7 @@ def plan_inputs(
     runtime: str = "venv",
     all_hosts: list[str] | None = None,
     drivers: list[str] | None = None,
+    unread: bool = False,
 ) -> dict[str, Any]:
     from ansible_collections.baremetal.vllm.plugins.plugin_utils.planner.hardware import with_gpus_to_come
 
@@ -143,12 +148,14 @@ def plan_inputs(
             continue
         readings = [found[service["name"]] for found in models if service["name"] in found]
         info = next((reading for reading in readings if not reading["problem"]), None)
-        if info is None:
+        if info is None and not unread:
             continue
-        name = info["model"].rstrip("/").rsplit("/", 1)[-1] if info["source"] in ("path", "http") else info["model"]
-        read = {"config": info["config"], "model_path": info["path"], "served_model_name": name, "runtime": runtime}
-        if info["weights_bytes"]:
-            read["weights_gib"] = info["weights_bytes"] / BYTES_PER_GIB
+        read: dict[str, Any] = {"runtime": runtime}
+        if info is not None:
+            name = info["model"].rstrip("/").rsplit("/", 1)[-1] if info["source"] in ("path", "http") else info["model"]
+            read |= {"config": info["config"], "model_path": info["path"], "served_model_name": name}
+            if info["weights_bytes"]:
+                read["weights_gib"] = info["weights_bytes"] / BYTES_PER_GIB
         planned.append({**read, **{key: value for key, value in service.items() if key not in SECRET}})
     to_be = drivers or [""] * len(hosts)
     seen = [

@@ -51,7 +51,18 @@ def test_a_plan_that_a_limit_leaves_out(tmp_path: Path) -> None:
     output, status = play(tmp_path, "plan.yml", "--limit", "one", **hosts)
     assert status != 0 and "which --limit one leaves out: give --limit one,localhost" in output
     output, status = play(tmp_path, "plan.yml", "--limit", "one,localhost", **hosts)
-    assert status == 0 and "Everything fits" in output, output[-3000:]
+    assert status != 0 and "limited to one, and service chat may run on any host and would be planned anew" in output
+    services = [{**CHAT, "hosts": ["one"]}, {**CHAT, "name": "second", "hosts": ["two"]}]
+    hosts = {name: {"vllm_services": services} for name in ("one", "two")}
+    output, status = play(tmp_path, "plan.yml", "--limit", "one,localhost", **hosts)
+    assert status == 0 and "Everything fits" in output and "chat" in output and "second" not in output, output[-3000:]
+    output, status = play(tmp_path, "plan.yml", **hosts)
+    assert status == 0 and "second" in output, output[-3000:]
+    hosts |= {"three": {"vllm_services": services}}
+    output, status = play(tmp_path, "plan.yml", "--limit", "three,localhost", **hosts)
+    assert status != 0 and "no service of vllm_services has its hosts within --limit three,localhost" in output, output[
+        -3000:
+    ]
 
 
 def test_a_plan_of_two_lists(tmp_path: Path) -> None:
