@@ -100,8 +100,10 @@ def _packages(
     """Package of the distribution -> what is missing without it."""
     family = settings["os_family"]
     needed = {}
+    version = ".".join(map(str, _minor(python["version"]))) if python else ""
     if python and not python["venv"]:
-        needed[settings["venv_package"].get(family, "python3")] = f"{python['path']} cannot make virtual environments"
+        package = settings["venv_package"].get(family, "python3").format(version=version)
+        needed[package] = f"{python['path']} cannot make virtual environments"
     for build in (settings["builds"][device] for device in devices):
         for kind in ("libraries", "programs"):
             for name, names in build[kind].items():
@@ -109,7 +111,6 @@ def _packages(
                     needed[names.get(family, name)] = f"{name} is missing"
         if build["headers"] and python and not python["headers"]:
             package = build["headers"].get(family, "python{version}-devel")
-            version = ".".join(map(str, _minor(python["version"])))
             needed[package.format(version=version)] = f"{python['path']} has no headers, which Triton compiles with"
     return needed
 

@@ -27,7 +27,7 @@ SETTINGS = {
     "other_units": [],
     "may_install": True,
     "os_family": "Debian",
-    "venv_package": {"Debian": "python3-venv"},
+    "venv_package": {"Debian": "python{version}-venv"},
     "image_disk_mib": {"cpu": 8000, "cuda": 40000},
     "gone": [],
 }
@@ -233,7 +233,7 @@ def test_packages_are_installed_where_that_is_allowed() -> None:
     result = judge([service()], seen)
     assert (result["problems"], sorted(result["packages"]), result["prepared"]) == (
         [],
-        ["libnuma1", "python3-venv"],
+        ["libnuma1", "python3.11-venv"],
         False,
     )
     result = judge([service()], seen, os_family="RedHat")
@@ -246,7 +246,7 @@ def test_packages_are_asked_for_where_it_is_not() -> None:
     ]
     assert "/usr/bin/python3 cannot make virtual environments" in problem
     assert "libnuma.so.1 is missing" in problem
-    assert "apt-get or dnf install python3-venv libnuma1" in problem
+    assert "apt-get or dnf install python3.11-venv libnuma1" in problem
 
 
 def test_a_library_is_missing_though_all_else_is_there() -> None:
