@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,14 @@ def find_pythons() -> dict[str, str]:
                 version, path = process.stdout.split()
                 found.setdefault(version, path)
     return found
+
+
+def asleep(program: Path) -> subprocess.Popen[bytes]:
+    """A process that sleeps for a minute under the name of ``program``, which is made."""
+    program.parent.mkdir(exist_ok=True)
+    program.symlink_to(shutil.which("sleep") or "")
+    process = subprocess.Popen([program, "60"])
+    # Popen returns while the kernel still puts the new program in place.
+    while Path(f"/proc/{process.pid}/comm").read_text().strip() != program.name:
+        time.sleep(0.01)
+    return process

@@ -465,8 +465,12 @@ class Fetch(object):
             folder = os.path.join(base, name)
             if name not in wanted and not os.path.islink(folder) and model_store.any_stamp(folder):
                 old.append((os.path.getmtime(os.path.join(folder, model_store.STAMP)), folder))
+        staging = os.path.join(self.job["root"], ".staging")
+        for name in os.listdir(staging):  # a removal that was cut short
+            if name.startswith("gone-"):
+                shutil.rmtree(os.path.join(staging, name), ignore_errors=True)
         for folder in [folder for dummy, folder in sorted(old, reverse=True)][keep:]:
-            gone = os.path.join(self.job["root"], ".staging", "gone-" + os.path.basename(folder))
+            gone = os.path.join(staging, "gone-" + os.path.basename(folder))
             os.rename(folder, gone)
             shutil.rmtree(gone, ignore_errors=True)
             self.status.note("removed the old revision %s" % folder)

@@ -9,6 +9,8 @@ from __future__ import absolute_import, division, print_function
 
 __metaclass__ = type
 
+import contextlib
+import fcntl
 import json
 import os
 import random
@@ -188,16 +190,28 @@ def write(path, seed):
         ),
     }
     manifest = {"format": FORMAT, "seed": seed, "files": dict((name, len(data)) for name, data in files.items())}
-    staging = path.rstrip("/") + ".partial"
-    shutil.rmtree(staging, ignore_errors=True)
-    os.makedirs(staging)
+    path = path.rstrip("/")
+    parent, staging, former = os.path.dirname(path), path + ".partial", path + ".former"
+    if not os.path.exists(parent):
+        os.makedirs(parent, exist_ok=True)
+    turn = os.open(parent, os.O_RDONLY)
     try:
+        # Another run may make the same model at the same moment. Some file systems of the network lock no folders.
+        with contextlib.suppress(OSError):
+            fcntl.flock(turn, fcntl.LOCK_EX)
+        if current(path, seed):
+            return
+        shutil.rmtree(staging, ignore_errors=True)
+        os.makedirs(staging)
         for name, data in sorted(files.items()) + [(MANIFEST, as_json(manifest))]:
             with open(os.path.join(staging, name), "wb") as handle:
                 handle.write(data)
-        if os.path.isdir(path):
-            shutil.rmtree(path)
+        shutil.rmtree(former, ignore_errors=True)
+        # In one step: what is half removed would be taken for somebody else's folder.
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path, former)
         os.rename(staging, path)
-    except BaseException:
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise
+        shutil.rmtree(former, ignore_errors=True)
+        os.close(turn)

@@ -208,10 +208,11 @@ def engine_info():
 
 
 def engine_pid():
-    """Process id of the running dockerd, 0 where there is none. A stale pid file is not believed."""
+    """Process id of the running dockerd, 0 where there is none. A stale pid file is not believed, nor one of a process that has ended
+    and was not waited for, as under a process 1 that waits for none."""
     for path in PIDFILES:
         pid = read(path).strip()
-        if pid.isdigit() and read("/proc/%s/comm" % pid).strip() == "dockerd":
+        if pid.isdigit() and re.match(r"Name:\tdockerd\n(.*\n)*?State:\t[^ZX]", read("/proc/%s/status" % pid)):
             return int(pid)
     return 0
 

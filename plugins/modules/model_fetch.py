@@ -322,6 +322,12 @@ def main():
                 message="the process (%s) that fetched %s has ended without saying why; the kernel's log may tell (killed for "
                 "want of memory?). What has come is kept: run again to go on" % (progress.get("pid"), model["model"]),
             )
+    if module.params["state"] == "finished" and not progress["state"]:
+        module.fail_json(
+            msg="%s tells nothing of the fetch of %s, which may have had no room for it: %d MiB are free there. Make room, or set "
+            "model_root to a larger disk"
+            % (status_path, model["model"], model_store.free_bytes(module.params["root"]) // model_transfer.MIB)
+        )
     if progress["state"] == "failed":
         module.fail_json(msg=progress["message"], progress=progress)
     # Who starts the work has changed nothing yet, even where it ends at once; who waits for its end has.

@@ -10,8 +10,9 @@ shift
 if [ "$wanted" = listed ]; then
   wanted=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU [0-9]' || true)
 fi
-name=baremetal-gpu-acceptance
-image=baremetal-gpu-acceptance:local
+# Of this run alone: another may prove the same at the same moment.
+name=baremetal-gpu-acceptance-$$
+image=baremetal-gpu-acceptance:$$
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"; docker rm --force "$name" >/dev/null 2>&1 || true; docker rmi --force "$image" >/dev/null 2>&1 || true' EXIT
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
+from support import asleep
 
 ROLE = Path(__file__).parents[3] / "roles/docker"
 LEFT_ALONE = {"docker_log_driver": "", "docker_log_options": {}, "docker_live_restore": None, "docker_nofile": 0}
@@ -55,7 +55,7 @@ def look(**other: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("program", ["dockerd", "containerd"])
-@pytest.mark.parametrize("other", ["sleep", "containerd"])
+@pytest.mark.parametrize("other", ["sleep", "containerd", "ended dockerd"])
 def test_number_of_a_killed_engine_is_anothers_now_standin(
     program: str, other: str, tmp_path: Path, render: Callable[..., Any], role_vars: Callable[..., dict[str, Any]]
 ) -> None:
@@ -82,9 +82,12 @@ def test_number_of_a_killed_engine_is_anothers_now_standin(
             "__docker_probe": {"dockerd": str(engine)},
         },
     )  # fmt: skip
-    (tmp_path / other).symlink_to(shutil.which("sleep") or "")
-    with subprocess.Popen([tmp_path / other, "60"]) as process:
+    name = other.split()[-1]
+    with asleep(tmp_path / "bin" / name) as process:
         files[program].write_text(f"{process.pid}\n")
+        if other != name:  # and nobody has waited for it, as under a process 1 that does not
+            process.kill()
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         try:
             done = subprocess.run(
                 ["sh", "-c", command],

@@ -251,9 +251,12 @@ def test_old_revisions_go_by_choice(hub: Hub, job: Any, tmp_path: Path) -> None:
     jobs = revisions(hub, job, tmp_path, 4)
     foreign = tmp_path / "models" / REPO / "mine"
     foreign.mkdir()
+    cut_short = tmp_path / "models/.staging" / f"gone-{jobs[1]['model']['commit']}"
+    cut_short.mkdir()
+    (cut_short / "model.safetensors").write_bytes(b"half")
     model_jobs.run({**jobs[-1], "keep_revisions": 1, "in_use": [str(final(jobs[0]))]})
     assert [final(each).exists() for each in jobs] == [True, False, True, True]
-    assert foreign.exists()
+    assert foreign.exists() and not cut_short.exists()
 
 
 def test_revisions_that_services_run_with_stay(hub: Hub, job: Any, tmp_path: Path) -> None:

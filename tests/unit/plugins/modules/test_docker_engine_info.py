@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import asleep
 
 from ansible_collections.baremetal.vllm.plugins.modules import docker_engine_info
 
@@ -21,6 +22,19 @@ def test_a_stale_pid_file_is_not_believed(tmp_path: Path, monkeypatch: pytest.Mo
     pidfile.write_text(f"{os.getpid()}\n")  # a process, but no dockerd
     monkeypatch.setattr(docker_engine_info, "PIDFILES", (str(pidfile),))
     assert docker_engine_info.engine_pid() == 0
+
+
+def test_an_engine_that_has_ended_and_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under a process 1 that waits for nobody: the process stays in the table."""
+    engine = asleep(tmp_path / "dockerd")
+    pidfile = tmp_path / "docker.pid"
+    pidfile.write_text(f"{engine.pid}\n")
+    monkeypatch.setattr(docker_engine_info, "PIDFILES", (str(pidfile),))
+    assert docker_engine_info.engine_pid() == engine.pid
+    engine.kill()
+    os.waitid(os.P_PID, engine.pid, os.WEXITED | os.WNOWAIT)
+    assert docker_engine_info.engine_pid() == 0
+    engine.wait()
 
 
 def test_a_process_started_before_now() -> None:

@@ -135,6 +135,13 @@ def _until(condition: Callable[[], Any]) -> Any:
     raise AssertionError("it does not come to that")
 
 
+def test_a_fetch_that_nothing_is_known_of_has_not_ended_well(call: Callable[..., Any], tmp_path: Path) -> None:
+    """As where the disk was so full that not even the reason could be written."""
+    (tmp_path / "models").mkdir()
+    result = call("finished")
+    assert result["failed"] and "MiB are free there. Make room, or set model_root to a larger disk" in result["msg"]
+
+
 def test_a_failure_is_one_line(call: Callable[..., Any], hub: Hub) -> None:
     call("started", token="hf_wrong_0123456789")
     result = wait(call, token="hf_wrong_0123456789")

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,26 @@ def test_what_a_killed_run_left_is_no_hindrance(run_module: Callable[..., Any], 
     (tmp_path / "random-llama.partial/model.safetensors").write_bytes(b"half")
     assert run_module(random_model, path=f"{tmp_path}/random-llama/")["changed"] is True
     assert [entry.name for entry in tmp_path.iterdir() if not entry.name.startswith("ansible")] == ["random-llama"]
+
+
+def test_runs_at_the_same_moment(tmp_path: Path) -> None:
+    path = tmp_path / "models/random-llama"
+    made = []
+    for seed in range(8):
+        children = []
+        for _ in range(3):
+            child = os.fork()
+            if not child:
+                try:
+                    random_llama.write(str(path), seed)
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            children.append(child)
+        made.append([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+        assert random_llama.current(path, seed)
+    assert made == [[0, 0, 0]] * 8
+    assert [entry.name for entry in path.parent.iterdir()] == ["random-llama"]
 
 
 def test_check_mode_writes_nothing(run_module: Callable[..., Any], tmp_path: Path) -> None:
