@@ -251,7 +251,7 @@ ALTERNATE = "/usr/lib/nvidia/alternate-install-present"
 CONTAINER = r"(?:docker[-/]|cri-containerd-|libpod-)([0-9a-f]{64})"
 # States of packages of which nothing but settings is left.
 GONE = ("not-installed", "config-files")
-KERNEL_PACKAGES = re.compile(r"linux-(headers|image)-|kernel(-core|-devel|-modules)?$")
+KERNEL_PACKAGES = re.compile(r"linux-(headers|image)-|kernel(-core|-devel(-matched)?|-modules(-core|-extra)?)?$")
 # One key a distribution: the pair that its dkms signs with.
 KEYS = (
     ("/var/lib/shim-signed/mok/MOK.priv", "/var/lib/shim-signed/mok/MOK.der"),
