@@ -66,7 +66,8 @@ def test_number_of_a_killed_engine_is_anothers_now_standin(
     files = {name: tmp_path / f"{name}.pid" for name in ("dockerd", "containerd")}
     engine, client, up = tmp_path / "dockerd", tmp_path / "docker", tmp_path / "up"
     engine.write_text(
-        f'#!/bin/sh\nif kill -0 "$(cat {files["dockerd"]})" 2> /dev/null; then echo "pid file found" >&2; exit 1; fi\n: > {up}\n'
+        f'#!/bin/sh\nif kill -0 "$(cat {files["dockerd"]})" 2> /dev/null; then echo "pid file found" >&2; exit 1; fi\n'
+        f": > {up}\nwhile test -e {up}; do sleep 0.1; done\n"  # an engine that answers stays; one that has ended has failed
     )
     client.write_text(f"#!/bin/sh\ntest -e {up}\n")
     for path in (engine, client):
@@ -95,6 +96,7 @@ def test_number_of_a_killed_engine_is_anothers_now_standin(
             )  # fmt: skip
         finally:
             process.kill()
+            up.unlink(missing_ok=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert files[program].exists() is (program == other)
 
