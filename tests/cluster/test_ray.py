@@ -269,6 +269,36 @@ def test_a_worker_is_added_and_the_others_go_on(cluster: Cluster) -> None:
     cluster.works_everywhere()
 
 
+def test_a_run_that_ended_before_the_restart_is_finished_by_the_next(cluster: Cluster) -> None:
+    second = cluster.hosts[1]
+    before, systemctl = cluster.processes(), "/usr/local/bin/systemctl"
+    changed_on_second = {second: {"ray_cluster_environment": {"WORD": "{{ inventory_hostname }}", "OTHER": "word"}}}
+    cluster.fleet.sh(second, f"printf '#!/bin/sh\\nexit 1\\n' >{systemctl}; chmod +x {systemctl}")
+    try:
+        cluster.fleet.play(PLAY, cluster.hosts, fail=True, each=changed_on_second, **cluster.settings())
+    finally:
+        cluster.fleet.sh(second, f"rm {systemctl}")
+    cluster.fleet.sh(second, "grep -q OTHER /etc/ray/default/env")
+    assert cluster.processes() == before
+    cluster.play(each=changed_on_second)
+    after = cluster.processes()
+    assert [host for host in cluster.hosts if after[host] != before[host]] == [second]
+    output, changed = cluster.play(each=changed_on_second)
+    assert set(changed.values()) == {0}, output
+    cluster.play()
+
+
+def test_a_token_that_was_lost_is_made_anew_and_used(cluster: Cluster) -> None:
+    cluster.fleet.sh(cluster.head, "rm /etc/ray/default/token")
+    before = cluster.processes()
+    cluster.play()
+    after = cluster.processes()
+    assert all(after[host] != before[host] for host in cluster.hosts)
+    cluster.works_everywhere()
+    output, changed = cluster.play()
+    assert set(changed.values()) == {0}, output
+
+
 def test_a_worker_leaves(cluster: Cluster) -> None:
     leaving = cluster.hosts.pop()
     cluster.fleet.play(PLAY, [leaving], entry_point="teardown", ray_cluster_hosts=[leaving])

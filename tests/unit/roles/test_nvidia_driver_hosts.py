@@ -329,6 +329,34 @@ def test_the_unit_of_ubuntus_packages_gives_way(
     assert path in host("__nvidia_driver_leftover_files", facts, H200, found=found, **unwanted)
 
 
+STOPPED = [{"kind": "unit", "name": "app.service"}, {"kind": "container", "name": "chat"}, {"kind": "process", "name": "python (7)"}]
+
+
+@pytest.mark.parametrize(
+    ("pending", "codes", "left"),
+    [
+        (False, [0, 0], ["process python (7)"]),
+        (False, [0, 1], ["chat", "process python (7)"]),
+        (True, None, ["app.service", "chat", "process python (7)"]),
+    ],
+)
+def test_what_does_not_run_again_is_told(
+    render: Callable[..., Any], pending: bool, codes: list[int] | None, left: list[str]
+) -> None:
+    say = yaml.safe_load((ROLE / "tasks/restart.yml").read_text())[-1]
+    results = [{"rc": code, "item": item} for code, item in zip(codes or [], STOPPED, strict=False)]
+    said = {
+        "__nvidia_driver_stopped": STOPPED,
+        "__nvidia_driver_pending": pending,
+        "__nvidia_driver_restarted": {"results": results} if codes else {"skipped": True},
+    }
+    (expression,) = say["vars"].values()
+    assert render(expression, **said) == left
+    message = render(say["ansible.builtin.debug"]["msg"], **said, inventory_hostname="h", __nvidia_driver_left=left)
+    assert message.endswith(", ".join(left))
+    assert ("before it is rebooted" in message) is pending
+
+
 def test_a_daemon_is_started_anew_by_a_unit_that_is_new(host: Callable[..., Any]) -> None:
     tasks = yaml.safe_load((ROLE / "tasks/services.yml").read_text())
     (state,) = (
