@@ -142,7 +142,16 @@ def _ports(services: list[dict[str, Any]], listeners: dict[str, Any], gone: list
     for service in services:
         name, listener = service["name"], listeners.get(str(service["port"]))
         # vLLM renames its process, so that the working folder is what tells it from others. One that is headless answers nobody.
-        if service.get("headless") or not listener or listener["cwd"] in (service["state_dir"], *gone):
+        if (
+            service.get("headless")
+            or not listener
+            or listener["cwd"]
+            in (
+                service["state_dir"],
+                f"{service['state_dir']}/standby",  # a run has ended beside it
+                *gone,
+            )
+        ):
             continue
         if listener["cwd"] in own:
             holders[name] = own[listener["cwd"]]["name"]

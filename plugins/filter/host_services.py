@@ -353,6 +353,7 @@ def _service(
             else [python],
         },
         "config_dir": config_dir,
+        "restart_file": f"{config_dir}/restart",  # there while it does not run by what lies beside it
         "state_dir": state_dir,
         "log_file": log_file,
         "api_key_file": f"{settings['config_dir']}/{name}/api_key",
@@ -405,6 +406,7 @@ def _service(
         svc["run_options"] = _run_options(svc, svc["container"], svc["stop_timeout"])
     if not stand_by:
         svc["standby"] = _service(plan, host, row, user, settings, shared, stand_by=True)
+        svc["watched"] += [svc["restart_file"], svc["standby"]["unit_file"]]
     return svc
 
 

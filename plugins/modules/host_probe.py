@@ -274,8 +274,12 @@ def living_pid(path):
 
 
 def listening_inodes(ports):
-    """Port -> inode of a socket that listens on it."""
-    return dict((port, inode) for dummy, port, inode in listening_sockets() if port in ports)
+    """Port -> inodes of the sockets that listen on it: servers may share it."""
+    found = {}
+    for _address, port, inode in listening_sockets():
+        if port in ports:
+            found.setdefault(port, []).append(inode)
+    return found
 
 
 def owners(inodes, folders=()):
@@ -333,7 +337,18 @@ def main():
         supports_check_mode=True,
     )
     inodes = listening_inodes(set(module.params["ports"]))
-    holders = owners(inodes.values(), module.params["folders"])
+    holders = owners(sum(inodes.values(), []), module.params["folders"])
+    unknown = {"pid": None, "command": "", "cwd": ""}
+    # Of several, one that works in a folder that was asked for.
+    listeners = dict(
+        (
+            str(port),
+            sorted(
+                (holders.get(inode, unknown) for inode in those), key=lambda one: one["cwd"] in module.params["folders"]
+            )[-1],
+        )
+        for port, those in inodes.items()
+    )
     files = {}
     for path in sum((sorted(glob.glob(name)) if "*" in name else [name] for name in module.params["files"]), []):
         try:
@@ -349,9 +364,7 @@ def main():
         fingerprints=dict((path, fingerprint(path)) for path in module.params["fingerprints"]),
         init=read("/proc/1/comm").strip(),
         libraries=[library for library in module.params["libraries"] if loadable(library)],
-        listeners=dict(
-            (str(port), holders.get(inode, {"pid": None, "command": "", "cwd": ""})) for port, inode in inodes.items()
-        ),
+        listeners=listeners,
         pids=dict((path, living_pid(path)) for path in module.params["pid_files"]),
         programs=[program for program in module.params["programs"] if module.get_bin_path(program)],
         pythons=interpreters(module, module.params["pythons"]),

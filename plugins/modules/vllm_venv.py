@@ -229,14 +229,22 @@ def main():
     except (IOError, OSError, ValueError, KeyError, TypeError):
         changed = True
     if changed and not module.check_mode:
+        # Servers may run from it: it comes back if its successor cannot be made, in this run or, where this one is killed, the next.
+        former = path + ".former"
         try:
+            if os.path.exists(stamp) and not os.path.exists(former):
+                os.rename(path, former)
             shutil.rmtree(path, ignore_errors=True)
             (install_with_uv if params["uv"] else install_with_pip)(module, params)
             with open(stamp, "w") as handle:
                 json.dump(wanted, handle)
+            shutil.rmtree(former, ignore_errors=True)
         except (RuntimeError, IOError, OSError) as error:
             shutil.rmtree(path, ignore_errors=True)
-            module.fail_json(msg=str(error))
+            back = os.path.exists(former)
+            if back:
+                os.rename(former, path)
+            module.fail_json(msg=str(error) + (". The environment from before is back" if back else ""))
         finally:
             shutil.rmtree(path + ".cache", ignore_errors=True)
     module.exit_json(changed=changed, python=os.path.join(path, "bin", "python"))

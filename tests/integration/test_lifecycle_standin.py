@@ -24,7 +24,7 @@ STANDIN = ROOT / "tests/fakes/vllm_standin"
 FAILURE = ROOT / "tests/unit/plugins/modules/captures/vllm_0.32.0_max_model_len.txt"
 RECAP = re.compile(r"^here\s*:.*?changed=(\d+).*?failed=(\d+)", re.M)
 PORTS = {"one": 18110, "two": 18111}
-START_S = 20  # far more than what lies between two starts on a busy machine
+START_S = 40  # far more than what lies between two starts on a busy machine
 
 
 class Site:
@@ -121,7 +121,8 @@ def test_services_that_share_nothing_start_together(site: Site) -> None:
     assert abs(one - two) < START_S, "one waited for the other to answer"
     for name in PORTS:
         took = json.loads((site.folder / "v/config" / name / "measured.json").read_text())["seconds"]
-        assert 0.8 * START_S <= took <= 4 * START_S, "from its own start"
+        # What is taken from it is the time that a busy machine needs between a start and the first look at it.
+        assert 0.4 * START_S <= took <= 4 * START_S, "from its own start"
     for service in site.services.values():
         del service["env"]["STANDIN_START_S"]
     site.play()

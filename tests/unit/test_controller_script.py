@@ -6,7 +6,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -120,9 +119,7 @@ def test_made_once_then_left_alone(
     assert first.stdout == "Making the controller's environment in .venv (a minute)\n"
     subprocess.run([checkout / ".venv/bin/python", "-c", "import tinything"], check=True)
     (machine / "python3").unlink()  # not even looked for
-    start = time.monotonic()
     second = call()
-    assert time.monotonic() - start < 1
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
 
 

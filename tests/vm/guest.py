@@ -48,7 +48,7 @@ class Guest:
     @property
     def options(self) -> list[str]:
         known = ["-o", "UserKnownHostsFile=/dev/null", "-o", "StrictHostKeyChecking=no", "-o", "LogLevel=ERROR"]
-        return [*known, "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"]
+        return [*known, "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=8"]
 
     def start(self) -> None:
         # What else is tested meanwhile has limits of time; the guest's are generous.
@@ -79,7 +79,7 @@ class Guest:
         return "\n".join(path.read_text(errors="replace").splitlines()[-40:]) if path.exists() else ""
 
     def run(self, script: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        command = ["ssh", *self.options, "-o", "ConnectTimeout=10", "-i", str(self.key), "-p", str(self.port)]
+        command = ["ssh", *self.options, "-o", "ConnectTimeout=60", "-i", str(self.key), "-p", str(self.port)]
         done = subprocess.run([*command, "root@127.0.0.1", script], capture_output=True, text=True, check=False)
         assert done.returncode == 0 or not check, f"{script}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done
@@ -90,7 +90,11 @@ class Guest:
     def play(self, playbook: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         """ansible-playbook as a user runs it; output and errors in stdout."""
         with self.playing(playbook, *arguments) as process:
-            output, _ = process.communicate(timeout=900)
+            try:
+                output, _ = process.communicate(timeout=900)
+            except subprocess.TimeoutExpired:
+                process.kill()  # else leaving the block waits for it
+                raise
             return subprocess.CompletedProcess(process.args, process.returncode, output)
 
     def playing(self, playbook: Path, *arguments: str) -> subprocess.Popen[str]:

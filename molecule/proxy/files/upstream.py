@@ -4,7 +4,8 @@
 
     upstream.py PORT NAME     the key is in /etc/upstream.key
 
-Every answer says which server gave it. A stream sends eight words, 0.25 s apart. /v1/hold answers after so many seconds.
+Every answer says which server gave it. A stream sends eight words, 0.25 s apart. /v1/hold answers after so many seconds, and
+/run/held-NAME says that it has come.
 """
 
 import json
@@ -46,6 +47,7 @@ class Handler(BaseHTTPRequestHandler):
             message = {"role": "assistant", "content": "amber from " + NAME, "size": len(body)}
             self.answer(200, {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
         elif self.path == "/v1/hold":
+            Path("/run/held-" + NAME).touch()
             time.sleep(json.loads(body)["seconds"])
             self.answer(200, {"held_by": NAME})
         elif self.path in ("/health", "/metrics"):

@@ -568,7 +568,7 @@ def main():
     with contextlib.suppress(OSError):
         os.unlink(pid_file)
     write_pid(os.path.join(options.folder, "keeper.pid"), os.getpid())
-    events = queue.Queue()
+    events = queue.SimpleQueue()  # the other kind locks up where a signal comes while it is used
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: events.put(("signal", number)))
     role = Head if options.rank == 0 else Follower

@@ -329,7 +329,11 @@ def test_the_unit_of_ubuntus_packages_gives_way(
     assert path in host("__nvidia_driver_leftover_files", facts, H200, found=found, **unwanted)
 
 
-STOPPED = [{"kind": "unit", "name": "app.service"}, {"kind": "container", "name": "chat"}, {"kind": "process", "name": "python (7)"}]
+STOPPED = [
+    {"kind": "unit", "name": "app.service"},
+    {"kind": "container", "name": "chat"},
+    {"kind": "process", "name": "python (7)"},
+]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,10 @@ def test_what_makes_a_node_start_anew(
     names = {"settings": "/s", "token": render("{{ __ray_cluster_token }}", **said)}
     noted = render("{{ __ray_cluster_restart_file }}", **said)
     right = f"{hashlib.sha256(b'settings').hexdigest()} 0600 ray"
-    probes = {host: {names["settings"]: right, names["token"]: "sum 0600 ray", noted: ""} for host in ("head", "here", "other")}
+    probes = {
+        host: {names["settings"]: right, names["token"]: "sum 0600 ray", noted: ""}
+        for host in ("head", "here", "other")
+    }
     for host, what in lost.items():
         probes[host] |= {noted: "sum 0600 root"} if what == "noted" else {names[what]: ""}
     hostvars = {host: {"__ray_cluster_probe": {"fingerprints": prints}} for host, prints in probes.items()}

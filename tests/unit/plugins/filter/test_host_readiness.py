@@ -281,6 +281,10 @@ def test_room(services: list[dict[str, Any]], files: dict[str, str], need: int) 
         ({"pid": 12, "command": "VLLM::APIServer", "cwd": "/var/lib/vllm/other"}, "VLLM::APIServer (pid 12)"),
         ({"pid": None, "command": "", "cwd": ""}, "another user's process"),
         ({"pid": 12, "command": "VLLM::APIServer", "cwd": "/var/lib/vllm/chat"}, None),
+        (
+            {"pid": 12, "command": "VLLM::APIServer", "cwd": "/var/lib/vllm/chat/standby"},
+            None,
+        ),  # left by a run that ended
     ],
 )
 def test_a_port_that_is_taken(listener: dict[str, Any], who: str | None) -> None:

@@ -52,6 +52,8 @@ def test_under_systemd() -> None:
         "/etc/vllm/chat/plan.json",
         "/etc/vllm/chat/env",
         "/etc/vllm/chat/start.sh",
+        "/etc/vllm/chat/restart",
+        "/etc/systemd/system/vllm-chat-standby.service",
     ]
 
 

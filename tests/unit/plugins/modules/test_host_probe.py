@@ -105,12 +105,35 @@ def test_a_listener_of_another_user() -> None:
             server.close()  # the child's copy
             os.setuid(65534)
             inodes = host_probe.listening_inodes({port})
-            os.write(writer, f"{len(inodes)} {len(host_probe.owners(inodes.values()))}".encode())
+            os.write(writer, f"{len(inodes)} {len(host_probe.owners(inodes[port]))}".encode())
             os._exit(0)
         os.close(writer)
         os.waitpid(child, 0)
         with os.fdopen(reader) as answer:
             assert answer.read() == "1 0"
+
+
+def test_of_servers_that_share_a_port_the_one_asked_for(probe: Callable[..., Any], tmp_path: Path) -> None:
+    listen = (
+        "import socket, sys, time; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1); "
+        "s.bind(('127.0.0.1', int(sys.argv[1]))); s.listen(); print(s.getsockname()[1], flush=True); time.sleep(600)"
+    )
+    folders, processes, port = [tmp_path / "chat", tmp_path / "chat/standby"], [], "0"
+    try:
+        for folder in folders:
+            folder.mkdir()
+            process = subprocess.Popen(
+                [sys.executable, "-c", listen, port], cwd=folder, stdout=subprocess.PIPE, text=True
+            )
+            processes.append(process)
+            assert process.stdout
+            port = process.stdout.readline().strip()
+        for folder in folders:
+            assert probe(ports=[port], folders=[str(folder)])["listeners"][port]["cwd"] == str(folder)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def test_files(probe: Callable[..., Any], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -82,7 +83,7 @@ def test_start_and_wait(call: Callable[..., Any], tmp_path: Path) -> None:
 
 
 def test_two_runs_at_once_meet(call: Callable[..., Any], hub: Hub, tmp_path: Path) -> None:
-    hub.link = Link(2_000_000)
+    hub.link = Link(500_000)
     first, second = call("started"), call("started")
     assert (first["progress"]["attached"], second["progress"]["attached"]) == (False, True)
     assert first["progress"]["pid"] == second["progress"]["pid"] or first["progress"]["state"] == "starting"
@@ -163,7 +164,8 @@ def test_the_token_is_nowhere(call: Callable[..., Any], hub: Hub, tmp_path: Path
             continue
     for _ in range(2):
         for path in (tmp_path / "models").rglob("*"):
-            assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
+            with contextlib.suppress(OSError):  # a folder, or one that the process has renamed
+                assert TOKEN.encode() not in path.read_bytes()
         texts.append(wait(call)["text"])
     assert not any(TOKEN in text for text in texts)
 

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,15 @@ def test_new_workers_on_the_planned_addresses_are_the_proof(
     before = worker("nginx: worker process")
     nginx.put(pid=str(os.getpid()))
     assert "did not take" in nginx.run(port + 1, state="restarted")["msg"]
-    threading.Timer(0.3, before.kill).start()
-    threading.Timer(0.3, worker, ["nginx: worker process"]).start()
-    assert nginx.run(port, state="reloaded", timeout=5)["changed"]
+
+    def reload() -> None:
+        while "reload-or-restart vllm-proxy" not in nginx.orders():
+            time.sleep(0.02)
+        before.kill()
+        worker("nginx: worker process")
+
+    threading.Thread(target=reload, daemon=True).start()
+    assert nginx.run(port, state="reloaded", timeout=30)["changed"]
 
 
 def test_a_restart_that_lets_streams_end_takes_nothing_of_its_time(

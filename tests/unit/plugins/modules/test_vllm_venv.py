@@ -156,6 +156,21 @@ def test_what_cannot_be_installed_leaves_nothing(uv: str, venv: Callable[..., An
     assert left_over(tmp_path) == []
 
 
+def test_the_former_one_comes_back_where_its_successor_cannot_be_installed(
+    uv: str, venv: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert venv(uv, "tinyvllm==1.0")["changed"] is True
+    # Also where a run was killed while it made the successor.
+    (tmp_path / "venv").rename(tmp_path / "venv.former")
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    for _ in range(2):
+        assert venv(uv, "tinyvllm==9.0")["msg"].endswith("The environment from before is back")
+        assert installed(tmp_path) == "1.0" and left_over(tmp_path) == ["venv"]
+        assert venv(uv, "tinyvllm==1.0")["changed"] is False
+    assert venv(uv, "tinyvllm==2.0")["changed"] is True
+    assert installed(tmp_path) == "2.0" and left_over(tmp_path) == ["venv"]
+
+
 @pytest.mark.client
 def test_a_dependency_that_is_not_wanted(uv: str, venv: Callable[..., Any], tmp_path: Path) -> None:
     assert "nobodyhasthis" in venv(uv, "wantsmore==1.0")["msg"]

@@ -136,10 +136,16 @@ def test_the_cause_is_not_lost_when_a_supervisor_has_begun_the_next_start(
 def test_a_real_process_that_dies(
     run_module: Callable[..., dict[str, Any]], closed_port: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = "import time; print('x.py: error: no such flag', flush=True); time.sleep(0.6); raise SystemExit(2)"
+    seen = tmp_path / "seen"
+    script = (
+        "import os, sys, time; print('x.py: error: no such flag', flush=True)\n"
+        "while not os.path.exists(sys.argv[1]): time.sleep(0.05)\n"
+        "raise SystemExit(2)"
+    )
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(["python3", "-c", script], stdout=log)
-    alive = ["sh", "-c", f"grep -qs ^State:.[^Z] /proc/{process.pid}/status && echo {process.pid} || echo 0"]
+        process = subprocess.Popen(["python3", "-c", script, str(seen)], stdout=log)
+    state = f"grep -qs ^State:.[^Z] /proc/{process.pid}/status"
+    alive = ["sh", "-c", f"{state} && echo {process.pid} && touch {seen} || echo 0"]
     result = run_module(
         vllm_wait, url=closed_port, timeout=20, pid_command=alive, log_command=["cat", str(tmp_path / "log")]
     )

@@ -28,6 +28,16 @@ OLD = {
 }  # fmt: skip
 
 
+# As the real one, update says nothing and starts nothing where the program is the one that it knows.
+SUPERVISORCTL = """#!/bin/sh
+echo "$@" >>"$0.log"
+case "$1" in
+  status) echo RUNNING ;;
+  update) [ ! -e {unit} ] || cmp -s {unit} "$0.knows" || {{ cp {unit} "$0.knows"; echo "$2: updated process group"; }} ;;
+esac
+"""
+
+
 class Host:
     """A folder that stands for a host, and the role's variables for one service on it."""
 
@@ -39,10 +49,11 @@ class Host:
         (folder / "home").mkdir()
         self.unit = folder / "chat.conf"
         supervisorctl = folder / "supervisorctl"
-        supervisorctl.write_text('#!/bin/sh\necho "$@" >>"$0.log"\necho RUNNING\n')
+        supervisorctl.write_text(SUPERVISORCTL.format(unit=self.unit))
         supervisorctl.chmod(0o755)
         self.svc: dict[str, Any] = {
-            "name": "chat", "unit": "vllm-chat", "runtime": "venv", "standby": {}, "span": None, "headless": False,
+            "name": "chat", "unit": "vllm-chat", "runtime": "venv", "venv": None, "standby": {"unit_file": "/nowhere"},
+            "span": None, "headless": False, "restart_file": str(self.config / "restart"),
             "config_dir": str(self.config), "state_dir": str(folder / "home/chat"), "unit_file": str(self.unit),
             "api_key_file": str(self.config / "api_key"), "root_url": url, "model_path": "", "start_timeout": 20,
             "pid_command": ["echo", "77"], "log_command": ["echo", "INFO"], "planned": {},
@@ -72,9 +83,13 @@ class Host:
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Iterator[Host]:
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    """What answers works in the service's folder, as its server does."""
     with OpenAiServer() as server:
-        yield Host(tmp_path, server.url)
+        host = Host(tmp_path, server.url)
+        (tmp_path / "home/chat").mkdir()
+        monkeypatch.chdir(tmp_path / "home/chat")
+        yield host
 
 
 @pytest.mark.parametrize(("before", "after"), [("venv", "container"), ("container", "venv"), ("venv", "venv")])
@@ -126,6 +141,7 @@ def change(host: Host, room: bool = False, **variables: Any) -> str:
             "timeout": 1,
         },
         "__vllm_probe": {"fingerprints": {str(host.config / "endpoint.json"): "", str(host.unit): ""}},
+        "__vllm_readiness": {"missing": []},
     }  # fmt: skip
     host.svc |= {"room": room, "endpoint_files": [str(host.config / "endpoint.json")]}
     return host.tasks("service", **given | variables)
@@ -201,6 +217,52 @@ def test_of_a_service_over_several_hosts_nothing_is_put_back(host: Host) -> None
     )
     assert not host.good.exists()
     assert (host.config / "start.sh").read_text() == "new\n"
+
+
+def test_a_server_that_hangs_is_restarted_by_what_comes_back(host: Host) -> None:
+    """Its program is the same, so that the supervisor sees nothing to update."""
+    host.write(host.good, {**OLD["venv"], "unit": "new unit\n"})
+    host.unit.write_text("new unit\n")
+    (host.folder / "supervisorctl.knows").write_text("new unit\n")
+    host.svc |= {"start_timeout": 5}
+    wait = {"url": f"{NOBODY}/health", "pid_command": ["echo", "77"], "log_command": ["true"], "timeout": 1}
+    output = change(host, __vllm_wait_for=wait)
+    assert "the one from before runs again" in output, output[-3000:]
+    assert (host.folder / "supervisorctl.log").read_text().splitlines().count("restart vllm-chat") == 2
+    assert not (host.config / "restart").exists()
+
+
+def test_a_run_that_ends_leaves_a_note_for_the_next(host: Host) -> None:
+    """Here it ends as one that is killed: nothing is put back, and nothing is told."""
+    note = host.config / "restart"
+    host.write(host.config, {"env": "OLD=1\n"})
+    # Before the restart, when the settings lie there: what the start is asked by is no program.
+    supervisorctl = [str(host.folder / "kill"), "{{ lookup('ansible.builtin.pipe', 'echo $PPID') }}"]
+    (host.folder / "kill").write_text("#!/bin/sh\nkill -KILL $1\n")
+    (host.folder / "kill").chmod(0o755)
+    output = change(host, __vllm_supervisorctl=supervisorctl)
+    assert (host.config / "start.sh").read_text() == "new\n" and note.exists(), output[-3000:]
+    prints = {
+        str(note): "sum 0600 root",
+        str(host.config / "endpoint.json"): "sum 0644 root",
+        host.svc["api_key_file"]: "sum",
+    }
+    output = change(host, __vllm_differs="{{ __vllm_noted }}", __vllm_probe={"fingerprints": prints})
+    assert "failures: chat" not in output and "failed=0" in output, output[-3000:]
+    assert not note.exists()
+
+
+def test_a_server_that_stood_by_when_a_run_ended_goes_with_the_next(host: Host) -> None:
+    (host.config / "standby").mkdir()
+    host.svc["standby"] = {
+        "unit": "vllm-chat-standby", "unit_file": str(host.folder / "standby.conf"), "config_dir": str(host.config / "standby"),
+        "state_dir": str(host.folder / "home/chat/standby"), "log_file": str(host.folder / "standby.log"),
+    }  # fmt: skip
+    prints = {host.svc["standby"]["unit_file"]: "sum 0644 root", host.svc["api_key_file"]: "sum"}
+    output = change(host, __vllm_differs=False, __vllm_probe={"fingerprints": prints})
+    assert "failures: chat" not in output and "failed=0" in output, output[-3000:]
+    assert not (host.config / "standby").exists()
+    assert "restart vllm-chat" not in (host.folder / "supervisorctl.log").read_text()
 
 
 def test_a_failure_of_one_of_several_items_is_told(host: Host) -> None:
@@ -289,7 +351,7 @@ def former(host: Host) -> dict[str, str]:
     """Whose everything is, before a change: FORMER's, but for what others have put there."""
     home, cache = host.folder / "home", host.folder / "home/chat/cache"
     for folder in (cache, home / ".triton", home / "other"):
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     host.write(host.good, OLD["venv"])
     host.write(host.config, {**OLD["venv"], "cluster_token": "1\n"})
     for path in (
@@ -339,7 +401,7 @@ def test_the_former_user_gets_it_back(host: Host, former: dict[str, str]) -> Non
     host.svc |= {"root_url": NOBODY, "start_timeout": 1}
     output = of_another_user(host)
     assert "failures: chat did not start with its new configuration, and does not run again as before" in output
-    assert owners(host) == former
+    assert owners(host) == {**former, "config/chat/restart": "root"}  # it does not run, so that the next run starts it
     assert (host.folder / "home").owner() == FORMER and (host.good / "env").owner() == FORMER
 
 

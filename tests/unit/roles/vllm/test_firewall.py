@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -74,7 +75,11 @@ esac
 """
 OWN_NETWORK = ["unshare", "--map-root-user", "--net"]
 NFT = "/usr/sbin/nft"
-RULES = "table inet baremetal_vllm {\n  chain input {\n    type filter hook input priority -10;\n  }\n}\n"
+MARK = "b17"
+RULES = (
+    "table inet baremetal_vllm {\n  chain input {\n    type filter hook input priority -10;\n"
+    f'    iifname "lo" accept comment "{MARK}"\n  }}\n}}\n'
+)
 
 
 def own_network() -> bool:
@@ -86,10 +91,12 @@ def test_rules_that_somebody_flushed_are_put_back_standin(tmp_path: Path) -> Non
     """The role's tasks in a network of their own, with the kernel's own tables."""
     (tmp_path / "systemctl").write_text(SYSTEMCTL.format(folder=tmp_path, unit=FIREWALL))
     (tmp_path / "systemctl").chmod(0o755)
+    me = pwd.getpwuid(os.geteuid()).pw_name
     given = {
         "__vllm_firewall_open": {"manager": "none"},
+        "__vllm_firewall_mark": MARK,
         "__vllm_firewall_files": [
-            {"path": str(tmp_path / name), "content": text, "mode": "0644"}
+            {"path": str(tmp_path / name), "content": text, "mode": "0644", "owner": me}
             for name, text in (("interconnect.nft", RULES), (FIREWALL, unit(tmp_path)))
         ],
     }
@@ -100,10 +107,14 @@ def test_rules_that_somebody_flushed_are_put_back_standin(tmp_path: Path) -> Non
     playbook = f"ansible-playbook -i localhost, {tmp_path}/play.yml"
     there = f"{NFT} list table inet baremetal_vllm >/dev/null 2>&1; echo there=$?"
     script = [playbook, there, f"{NFT} flush ruleset", f"{playbook} --check", there, playbook, there, playbook, there]
+    former = RULES.replace(MARK, "a run ended before it applied the rules")
+    (tmp_path / "former.nft").write_text(former)
+    script += [f"{NFT} flush ruleset", f"{NFT} -f {tmp_path}/former.nft", playbook, there, playbook, there]
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"
     settings = {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_PYTHON_INTERPRETER": sys.executable, "PATH": path}
     output = run([*OWN_NETWORK, "sh", "-c", "\n".join(script)], ROOT, **settings).stdout
     changed = re.findall(r"changed=(\d+) .*failed=0", output)
     gone = re.findall(r"^there=(\d)", output, re.MULTILINE)
-    # The first run, a look in check mode after the flush, the run that mends it, and one more.
-    assert list(zip(changed, gone, strict=True)) == [("2", "0"), ("1", "1"), ("1", "0"), ("0", "0")], output
+    # The first run, a look in check mode after the flush, the run that mends it, and one more. Then with the former rules in force.
+    expected = [("2", "0"), ("1", "1"), ("1", "0"), ("0", "0"), ("1", "0"), ("0", "0")]
+    assert list(zip(changed, gone, strict=True)) == expected, output

@@ -80,10 +80,12 @@ class Hosts:
                 "ports": {"allreduce": f"29602{name}", "node_manager": 6380}, "token_file": str(config / "cluster_token"),
             }  # fmt: skip
             self.has.setdefault(host, []).append({
-                "name": name, "unit": f"vllm-{name}", "runtime": "venv", "device": "cpu", "standby": {}, "venv": None,
+                "name": name, "unit": f"vllm-{name}", "runtime": "venv", "device": "cpu", "venv": None,
+                "standby": {"unit_file": "/nowhere"},
                 "inside": "", "room": False, "headless": rank > 0, "span": span if len(hosts) > 1 else None,
                 "python": str(self.folder / "python"), "run_python": [str(self.folder / "python")], "node_networks": [],
-                "kept_home": [], "config_dir": str(config), "state_dir": str(self.folder / host / name), "watched": [],
+                "kept_home": [], "config_dir": str(config), "restart_file": str(config / "restart"),
+                "state_dir": str(self.folder / host / name), "watched": [],
                 "unit_file": str(self.folder / host / f"{name}.conf"), "api_key_file": str(config / "api_key"),
                 "endpoint_files": [str(config / "endpoint.json")], "root_url": self.url, "model_path": "/models/m", "port": 8000,
             })  # fmt: skip

@@ -397,10 +397,10 @@ def test_never_more_than_there_is_and_monotone(
 def test_it_is_fast_enough_for_a_search() -> None:
     model = shape("qwen3-30b-a3b")
     engine_memory(model, **A10)
-    began = time.perf_counter()
+    began = time.process_time()
     for length in range(1024, 3024):
         engine_memory(model, max_model_len=length, **A10)
-    assert (time.perf_counter() - began) / 2000 < 0.001  # about 0.05 ms on an idle machine
+    assert (time.process_time() - began) / 2000 < 0.001  # about 0.05 ms on an idle machine
 
 
 def test_experts_of_replicas_have_the_tokens_of_all() -> None:
