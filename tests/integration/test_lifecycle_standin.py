@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import tempfile
 import threading
+import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +62,7 @@ class Site:
             "model_root": str(self.folder / "models"),
         }  # fmt: skip
 
-    def play(self, playbook: str = "site.yml", *arguments: str) -> tuple[str, int]:
-        """(output, changed); -1 is of a run that failed, whose output has the word failed=1."""
+    def command(self, playbook: str, *arguments: str) -> list[str]:
         inventory = self.folder / "hosts.yml"
         host = {
             "ansible_connection": "local",
@@ -68,16 +70,29 @@ class Site:
             "ansible_python_interpreter": "/usr/bin/python3",
         }
         inventory.write_text(json.dumps({"all": {"hosts": {"here": host}, "vars": self.variables()}}))
+        program = str(ROOT / ".venv/bin/ansible-playbook")
+        return [program, playbook, "-i", str(inventory), "--skip-tags", "verify", *arguments]
+
+    def break_off(self, when: Callable[[], bool], *arguments: str) -> None:
+        """A run whose every process is killed as soon as this holds."""
+        process = subprocess.Popen(
+            self.command("site.yml", *arguments),
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while not when():
+            assert process.poll() is None, "the run has ended"
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def play(self, playbook: str = "site.yml", *arguments: str) -> tuple[str, int]:
+        """(output, changed); -1 is of a run that failed, whose output has the word failed=1."""
         done = subprocess.run(
-            [
-                str(ROOT / ".venv/bin/ansible-playbook"),
-                playbook,
-                "-i",
-                str(inventory),
-                "--skip-tags",
-                "verify",
-                *arguments,
-            ],
+            self.command(playbook, *arguments),
             cwd=ROOT,
             env={**os.environ, "ANSIBLE_NOCOLOR": "1"},
             stdin=subprocess.DEVNULL,
@@ -211,6 +226,36 @@ def test_a_port_that_cannot_change_stays(site: Site) -> None:
     assert site.play()[1] == 0
 
 
+def test_a_run_that_is_killed_while_another_server_stands_by(site: Site) -> None:
+    key, standby = site.folder / "v/config/one/api_key", site.folder / "v/config/one/standby"
+    former = key.read_text()
+    site.services["one"] |= {"api_key": "sk-rotated", "env": {"MARKER": "g", "STANDIN_START_S": "6"}}
+    site.break_off((standby / "env").exists)
+    assert (key.read_text(), site.ask("two")["marker"]) == ("sk-rotated\n", "e")
+    output, changed = site.play()
+    assert changed > 0, output[-4000:]
+    assert site.ask("one")["marker"] == "g"
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        key.write_text(former)
+        site.ask("one")
+    key.write_text("sk-rotated\n")
+    assert not standby.exists() and not (key.parent / "restart").exists()
+    assert (key.parent / "good/api_key").read_text() == "sk-rotated\n"
+    assert site.play()[1] == 0
+
+
+def test_a_run_that_is_killed_before_the_restart(site: Site) -> None:
+    site.services["two"]["env"] = {"MARKER": "h"}
+    start = site.folder / "v/config/two/env"
+    site.break_off(lambda: "MARKER=h" in start.read_text().replace("'", ""), *NO_ROOM)
+    output, changed = site.play()
+    assert changed > 0, output[-4000:]
+    assert site.ask("two")["marker"] == "h"
+    site.services["two"]["env"] = {"MARKER": "e"}
+    site.play()
+    assert site.play()[1] == 0
+
+
 def test_services_do_not_exchange_their_ports_in_one_run(site: Site) -> None:
     before = {name: site.ask(name) for name in PORTS}
     former = {name: service["port"] for name, service in site.services.items()}
@@ -248,7 +293,7 @@ def test_another_name_on_the_same_port(site: Site) -> None:
     site.services = {"uno": site.services["one"]}
     output, changed = site.play()
     assert changed > 0, output[-4000:]
-    assert site.ask("uno")["marker"] == "b"
+    assert site.ask("uno")["marker"] == "g"
     assert not (site.folder / "v/config/one").exists()
     assert site.play()[1] == 0
 
