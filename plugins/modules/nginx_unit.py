@@ -36,6 +36,11 @@ options:
     type: str
     choices: [started, reloaded, restarted]
     default: started
+  settings:
+    description: Files that its workers have read at their start. One that was written since has still to be taken.
+    type: list
+    elements: path
+    default: []
   timeout:
     description: Seconds to wait when systemd has done its part.
     type: int
@@ -66,6 +71,11 @@ listening:
   type: list
   elements: str
   sample: ["0.0.0.0:8443"]
+outdated:
+  description: Those of O(settings) that were written after its workers had started, as by a run that ended before it told nginx.
+  returned: success
+  type: list
+  elements: str
 rebind:
   description:
     - Whether it listens on a planned port at another address. nginx opens the new address before it leaves the old one, and where
@@ -73,7 +83,7 @@ rebind:
   returned: success
   type: bool
 serving:
-  description: Whether it listens on the planned addresses, and on no others.
+  description: Whether it listens on the planned addresses, on no others, and none of its settings is outdated.
   returned: success
   type: bool
 """
@@ -130,6 +140,22 @@ def workers(pid):
             if title.startswith("nginx: worker process") and "shutting down" not in title:
                 found.add(int(child))
     return found
+
+
+def started(pid):
+    """Time at which a process has started, in seconds since 1970."""
+    ticks = int(read("/proc/%d/stat" % pid).rpartition(")")[2].split()[19])
+    return time.time() - float(read("/proc/uptime").split()[0]) + ticks / float(os.sysconf("SC_CLK_TCK"))
+
+
+def outdated(pid, paths):
+    """Files written after the last worker had started. A second is more than these clocks are apart; what is of the future comes of a
+    clock that was set back, and says nothing."""
+    try:
+        since = max(started(worker) for worker in workers(pid))
+    except (ValueError, IndexError):  # none is there, or it has gone
+        return []
+    return [path for path in paths if os.path.exists(path) and since + 1 < os.path.getmtime(path) < time.time()]
 
 
 def told(addresses):
@@ -196,6 +222,7 @@ def main():
             "bind": {"type": "str", "required": True},
             "ports": {"type": "list", "elements": "int", "required": True},
             "state": {"type": "str", "choices": ["started", "reloaded", "restarted"], "default": "started"},
+            "settings": {"type": "list", "elements": "path", "default": []},
             "timeout": {"type": "int", "default": 30},
         },
         supports_check_mode=True,
@@ -206,16 +233,18 @@ def main():
     except socket.gaierror as error:
         module.fail_json(msg="bind is %r, which is no address: %s" % (params["bind"], error.strerror))
     unit = Unit(module)
-    held = unit.held()
+    held, pid = unit.held(), unit.pid()
+    behind = outdated(pid, params["settings"]) if pid else []
     changed = params["state"] != "started" or held != wanted
     if changed and not module.check_mode:
         unit.order(COMMANDS[params["state"]], wanted)
-        held = wanted
+        held, behind = wanted, []
     module.exit_json(
         changed=changed,
         listening=told(held),
+        outdated=behind,
         rebind=bool({port for dummy, port in held - wanted} & {port for dummy, port in wanted - held}),
-        serving=held == wanted,
+        serving=held == wanted and not behind,
     )
 
 

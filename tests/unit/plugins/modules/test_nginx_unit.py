@@ -150,6 +150,28 @@ def test_new_workers_on_the_planned_addresses_are_the_proof(
     assert nginx.run(port, state="reloaded", timeout=30)["changed"]
 
 
+def test_settings_that_were_written_after_its_workers_started(
+    nginx: Nginx, port: int, worker: Callable[[str], subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    """By a run that ended before it told nginx. This process stands in for the master, and its children for workers."""
+    nginx.put(pid=str(os.getpid()))
+    settings = tmp_path / "nginx.conf"
+    settings.touch()
+    paths = [str(settings), str(tmp_path / "nowhere")]
+    assert nginx.run(port, settings=paths)["serving"], "without workers nobody has read it"
+    worker("nginx: worker process")
+    now = time.time()
+    for written, behind in ((now - 60, False), (now, False), (now + 60, False)):
+        os.utime(settings, (written, written))
+        assert nginx.run(port, settings=paths)["serving"] is not behind
+    time.sleep(1.5)
+    settings.touch()
+    result = nginx.run(port, settings=paths)
+    assert (result["serving"], result["outdated"], result["changed"]) == (False, paths[:1], False)
+    worker("nginx: worker process")
+    assert nginx.run(port, settings=paths)["serving"]
+
+
 def test_a_restart_that_lets_streams_end_takes_nothing_of_its_time(
     nginx: Nginx, port: int, worker: Callable[[str], subprocess.Popen[bytes]]
 ) -> None:
