@@ -210,7 +210,7 @@ def test_check_mode_agrees(checkout: Checkout) -> None:
 
 def test_verify_fails_when_a_path_is_open(checkout: Checkout) -> None:
     """The proof is one: it must not hold when something is wrong. /health is open, and here it is not meant to be."""
-    closed = json.dumps({"__vllm_closed_paths": ["/health"], "vllm_open_paths": []})
+    closed = json.dumps({"__vllm_closed_paths": ["/health"], "__vllm_open_paths": []})
     result = run(
         [".venv/bin/ansible-playbook", "playbooks/verify.yml", "-i", "inventories/quickstart", "-e", closed],
         checkout.path,
